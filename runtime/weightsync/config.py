@@ -1,0 +1,158 @@
+"""The contract: one JSON document that the operator renders and the runtime reads from $WEIGHTSYNC_CONFIG.
+
+What differs from pod to pod (names, addresses, rank, epoch) is in the environment and read here too, in `PodFacts`; no other
+module of the runtime reads the environment. Imports pydantic only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.alias_generators import to_camel
+
+from weightsync.errors import ConfigError
+
+CONTRACT_VERSION = "1.0"
+"""major.minor. A runtime refuses another major; unknown keys are an error within the same minor and ignored beyond it."""
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=to_camel, populate_by_name=True)
+
+
+class ModelSection(_Section):
+    """The checkpoint that engines and trainer start from."""
+
+    path: str
+    """Folder with config.json and safetensors files, as mounted in the pods."""
+    dtype: Literal["bfloat16"] = "bfloat16"
+
+
+class RedisSection(_Section):
+    """The ledger."""
+
+    host: str
+    port: Port = 6379
+    username: str | None = None
+    password_file: str | None = None
+    database: Annotated[int, Field(ge=0, le=15)] = 0
+
+
+class ModelExpressSection(_Section):
+    """The rendezvous server."""
+
+    address: str
+    """host:port"""
+
+
+class EndpointSection(_Section):
+    """The plug-in's routes in each engine's API server."""
+
+    port: Port = 8000
+    token_file: str
+
+
+class FabricSection(_Section):
+    """What moves the bytes; the UCX variables themselves are in the pods' environment."""
+
+    profile: str
+    transports: tuple[str, ...]
+    """UCX transports of which at least one must carry a push; any other is reported."""
+    revocation: Literal["agent", "process"] = "process"
+    """What ends a lost writer's access: destroying the receiver's agent (tcp between hosts), or the writer's death."""
+
+
+class TransferSection(_Section):
+    """How a push is made and ended."""
+
+    format: Literal["bf16"] = "bf16"
+    commit: Literal["inPlace"] = "inPlace"
+    pause_mode: Literal["abort", "wait", "keep"] = "wait"
+    timeout_seconds: Annotated[float, Field(gt=0, le=3600)] = 120.0
+    """One absolute deadline of a push, from its first message to the decision."""
+    max_version_skew: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Versions that an engine may be behind the committed one and still serve."""
+
+
+class Contract(_Section):
+    """Everything that a trainer rank or an engine must know about the session it belongs to."""
+
+    contract: str = CONTRACT_VERSION
+    session: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,79}$")]
+    name: str
+    namespace: str = "default"
+    model: ModelSection
+    redis: RedisSection
+    model_express: ModelExpressSection
+    endpoint: EndpointSection
+    fabric: FabricSection
+    transfer: TransferSection = TransferSection()
+
+    @classmethod
+    def load(cls, environ: Mapping[str, str] = os.environ) -> Self:
+        """Read the file that $WEIGHTSYNC_CONFIG names. Raises ConfigError with the field's path."""
+        path = environ.get("WEIGHTSYNC_CONFIG")
+        if path is None:
+            raise ConfigError("WEIGHTSYNC_CONFIG is not set: it must name the contract file that the operator mounts")
+        try:
+            return cls.parse(Path(path).read_text())
+        except OSError as error:
+            raise ConfigError(f"WEIGHTSYNC_CONFIG={path}: {error.strerror}") from error
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Validate a contract document. Raises ConfigError naming each bad field."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or '(document)'}: {e['msg']}" for e in error.errors()[:5])
+            raise ConfigError(f"contract has {error.error_count()} bad field(s): {faults}") from error
+
+    def redis_password(self) -> str | None:
+        return _read_secret(self.redis.password_file)
+
+    def endpoint_token(self) -> str:
+        token = _read_secret(self.endpoint.token_file)
+        if not token:
+            raise ConfigError(f"endpoint.tokenFile {self.endpoint.token_file} is empty")
+        return token
+
+
+def _read_secret(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text().strip()
+    except OSError as error:
+        raise ConfigError(f"secret file {path}: {error.strerror}") from error
+
+
+class PodFacts(BaseModel):
+    """What the downward API tells a process about its own pod; defaults serve plain processes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    uid: str
+    ip: str
+    epoch: int | None
+    """The trainer's incarnation as the operator numbers it; None without an operator, and in engines."""
+
+    @classmethod
+    def load(cls, environ: Mapping[str, str] = os.environ) -> Self:
+        """Raises ConfigError if WEIGHTSYNC_EPOCH is set and not a positive integer."""
+        epoch = environ.get("WEIGHTSYNC_EPOCH")
+        if epoch is not None and not (epoch.isdigit() and int(epoch) > 0):
+            raise ConfigError(f"WEIGHTSYNC_EPOCH={epoch!r}: must be a positive integer")
+        return cls(
+            name=environ.get("POD_NAME", f"process-{os.getpid()}"),
+            uid=environ.get("POD_UID", f"pid-{os.getpid()}"),
+            ip=environ.get("POD_IP", "127.0.0.1"),
+            epoch=None if epoch is None else int(epoch),
+        )
