@@ -63,7 +63,7 @@ class Keys:
         return f"{self.prefix}lease:writer:{epoch}:{rank}"
 
 
-class _Record:
+class JsonRecord:
     """JSON in and out for the frozen records below; unknown fields are ignored, so that an older reader survives."""
 
     def to_json(self) -> str:
@@ -77,7 +77,7 @@ class _Record:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReplicaStatus(_Record):
+class ReplicaStatus(JsonRecord):
     """One engine replica as it last described itself."""
 
     name: str
@@ -97,7 +97,7 @@ class ReplicaStatus(_Record):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PushSummary(_Record):
+class PushSummary(JsonRecord):
     """One push as its first trainer rank saw it end."""
 
     push_id: str

@@ -1,0 +1,198 @@
+"""The ledger's connection: short socket timeouts, retries within a deadline, one error for everything Redis does wrong.
+
+Imports redis and nothing of the session; the adapter that hides redis-py's exceptions from the rest of the runtime.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Self, TypeVar
+
+import redis
+from redis.backoff import NoBackoff
+from redis.exceptions import AuthorizationError, NoPermissionError
+from redis.retry import Retry
+
+from weightsync.config import Contract
+from weightsync.errors import LedgerUnavailable
+
+SOCKET_TIMEOUT_S = 2.0
+RETRY_PAUSE_S = 0.05
+"""Between two tries; a refused connection answers at once and must not become a busy loop."""
+
+_PASSING = (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError, OSError)
+_REFUSED = (redis.AuthenticationError, AuthorizationError, NoPermissionError)
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Witness:
+    """What this process knows of the session, brought into the ledger with every change it makes."""
+
+    epoch: int = 0
+    version: int = 0
+    """Committed in `epoch`; the greatest pair seen."""
+    seen_epoch: int = 0
+    published: int = 0
+    attempt: int = 0
+
+    def with_committed(self, epoch: int, version: int) -> Witness:
+        epoch, version = max((self.epoch, self.version), (epoch, version))
+        return dataclasses.replace(
+            self,
+            epoch=epoch,
+            version=version,
+            seen_epoch=max(self.seen_epoch, epoch),
+            published=max(self.published, version),
+        )
+
+
+class _Shared:
+    """State of one client that its copies with other deadlines share."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self.client = client
+        self.lock = threading.Lock()
+        self.witness = Witness()
+        self.clock_offset_s: float | None = None
+
+
+class LedgerConnection:
+    """A thread-safe Redis client of one session. Every command is tried again until `retry_s` ran out."""
+
+    def __init__(
+        self,
+        *,
+        session: str,
+        host: str,
+        port: int,
+        database: int = 0,
+        username: str | None = None,
+        password: str | None = None,
+        retry_s: float = 5.0,
+    ) -> None:
+        self.session = session
+        self.address = f"{host}:{port}/{database}"
+        self._retry_s = retry_s
+        self._until: float | None = None
+        client = redis.Redis(
+            host=host,
+            port=port,
+            db=database,
+            username=username,
+            password=password,
+            socket_timeout=SOCKET_TIMEOUT_S,
+            socket_connect_timeout=SOCKET_TIMEOUT_S,
+            socket_keepalive=True,
+            health_check_interval=15,
+            retry=Retry(NoBackoff(), 0),
+            decode_responses=True,
+        )
+        self._shared = _Shared(client)
+
+    @classmethod
+    def from_contract(cls, contract: Contract, *, retry_s: float = 5.0) -> Self:
+        """Open the contract's ledger; nothing is sent yet. Raises ConfigError if the password file can't be read."""
+        return cls(
+            session=contract.session,
+            host=contract.redis.host,
+            port=contract.redis.port,
+            database=contract.redis.database,
+            username=contract.redis.username,
+            password=contract.redis_password(),
+            retry_s=retry_s,
+        )
+
+    def until(self, deadline: float) -> Self:
+        """The same ledger, whose calls are retried until `deadline` (time.monotonic) instead of for `retry_s`."""
+        other = copy.copy(self)
+        other._until = deadline
+        return other
+
+    def close(self) -> None:
+        """Close the sockets; a later call would open new ones."""
+        self._shared.client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def witness(self) -> Witness:
+        """The most that this process knows to be committed, opened and tried."""
+        with self._shared.lock:
+            return self._shared.witness
+
+    def _witness(self, change: Callable[[Witness], Witness]) -> None:
+        with self._shared.lock:
+            self._shared.witness = change(self._shared.witness)
+
+    def _call(self, what: str, command: Callable[[redis.Redis], T]) -> T:
+        """Run `command`, again on passing faults until the deadline. Raises LedgerUnavailable saying what failed."""
+        started = time.monotonic()
+        deadline = started + self._retry_s if self._until is None else self._until
+        while True:
+            try:
+                return command(self._shared.client)
+            except _REFUSED as error:
+                cure = "check redis.username and redis.passwordFile of the contract, and the user's ACL"
+                raise LedgerUnavailable(f"ledger {self.address}: {what} was refused ({error}); {cure}") from error
+            except _PASSING as error:
+                fault = error
+            except redis.ResponseError as error:
+                if not str(error).startswith(("OOM", "MISCONF", "NOREPLICAS")):
+                    raise
+                fault = error
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                tried_s = time.monotonic() - started
+                raise LedgerUnavailable(
+                    f"ledger {self.address}: {what} failed for {tried_s:.1f} s ({fault}); is Redis up and reachable from here?"
+                ) from fault
+            time.sleep(min(RETRY_PAUSE_S, left_s))
+
+    def _run(self, what: str, script: str, *args: str | float) -> Any:
+        """Run a script of `scripts` on this session's keys."""
+        return self._call(
+            what, lambda client: client.register_script(script)(keys=[f"ws:{self.session}:"], args=list(args))
+        )
+
+    def _run_witnessed(self, what: str, script: str, *args: str | float) -> Any:
+        """Run a script that begins by raising the head to what this process knows."""
+        known = self.witness
+        return self._run(what, script, known.epoch, known.version, known.seen_epoch, *args)
+
+    def now(self) -> float:
+        """Seconds since the Unix epoch by the ledger's clock, the one clock that deadlines are told in."""
+        return self._read_clock()
+
+    def _read_clock(self) -> float:
+        sent = time.monotonic()
+        seconds, microseconds = self._call("TIME", lambda client: client.time())
+        now = int(seconds) + int(microseconds) / 1e6
+        with self._shared.lock:
+            # As if the answer had been given when the question left: a deadline is met early rather than late.
+            self._shared.clock_offset_s = now - sent
+        return now
+
+    def deadline_to_monotonic(self, deadline_at: float) -> float:
+        """A deadline by the ledger's clock, as this process's time.monotonic(); early by at most one round trip.
+
+        With the ledger unreachable the clock difference of the last call counts; raises LedgerUnavailable if none was ever made.
+        """
+        try:
+            self._read_clock()
+        except LedgerUnavailable:
+            if self._shared.clock_offset_s is None:
+                raise
+        with self._shared.lock:
+            offset_s = self._shared.clock_offset_s
+        assert offset_s is not None  # read above, or by an earlier call
+        return deadline_at - offset_s

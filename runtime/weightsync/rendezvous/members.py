@@ -1,0 +1,104 @@
+"""Members of a session and the leases that tell who lives, replicas and trainer ranks alike.
+
+A part of `Ledger`; imports no client of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+
+import redis
+
+from weightsync.errors import FencedOut
+from weightsync.rendezvous import scripts
+from weightsync.rendezvous.connection import LedgerConnection
+from weightsync.rendezvous.records import Member
+from weightsync.wire import Keys, ReplicaStatus
+
+
+class MemberLedger(LedgerConnection):
+    """The part of the ledger that lists who takes part."""
+
+    def join(self, member: Member, ttl_s: float) -> Member:
+        """Enter or renew `member` for `ttl_s` seconds and re-assert what it holds; returns it with `joined_at` set.
+
+        Called again each third of the lease; an entry that vanished is made anew. Raises FencedOut when a later incarnation
+        of the replica has joined.
+        """
+        fields = dataclasses.asdict(member)
+        joined_at = fields.pop("joined_at")
+        self._witness(
+            lambda known: dataclasses.replace(
+                known.with_committed(member.epoch, member.version), seen_epoch=max(known.seen_epoch, member.seen_epoch)
+            )
+        )
+        arguments = (member.replica, member.incarnation, joined_at, json.dumps(fields), round(ttl_s * 1000))
+        outcome, value = self._run_witnessed("join", scripts.JOIN, *arguments)
+        if outcome == "REPLACED":
+            raise FencedOut(
+                f"replica {member.replica}: incarnation {member.incarnation} was replaced by {value}; end this engine"
+            )
+        return dataclasses.replace(member, joined_at=float(value))
+
+    def leave(self, replica: str, incarnation: str) -> bool:
+        """Take a replica out of the session. False when that incarnation is not (or no longer) in it."""
+        return bool(self._run("leave", scripts.LEAVE, replica, incarnation, 0))
+
+    def members(self) -> dict[str, Member]:
+        """Every replica that joined and did not leave, the dead ones too, by name."""
+        return self._read_members()[0]
+
+    def live_members(self) -> dict[str, Member]:
+        """The replicas whose lease lives, by name.
+
+        After the ledger lost its data they come back within a third of their lease: see `age_s` before an absence is believed.
+        """
+        members, leases = self._read_members()
+        return {name: member for name, member in members.items() if leases.get(name) == member.incarnation}
+
+    def forget_dead_members(self) -> list[str]:
+        """Take out every replica whose lease has run out, with its status; returns their names."""
+        members, leases = self._read_members()
+        dead = [member for name, member in members.items() if leases.get(name) != member.incarnation]
+        gone = [m.replica for m in dead if self._run("forget", scripts.LEAVE, m.replica, m.incarnation, 1)]
+        return sorted(gone)
+
+    def age_s(self) -> float:
+        """Seconds since this ledger's data began; 0 when it is empty. A ledger younger than a lease has not heard all members."""
+        born = self._call("age", lambda client: client.hget(Keys(self.session).head, "born"))
+        return 0.0 if born is None else max(0.0, self.now() - float(born))  # type: ignore[arg-type]
+
+    def hold_writer_lease(self, epoch: int, rank: int, ttl_s: float) -> None:
+        """Say that a trainer rank lives, for `ttl_s` seconds."""
+        key = Keys(self.session).writer_lease(epoch, rank)
+        self._call("hold writer lease", lambda client: client.set(key, "1", px=round(ttl_s * 1000)))
+
+    def lost_writers(self, epoch: int, world_size: int) -> tuple[int, ...]:
+        """Trainer ranks of `epoch` that hold no lease: dead, cut off, or never begun."""
+        keys = [Keys(self.session).writer_lease(epoch, rank) for rank in range(world_size)]
+        leases = self._call("read writer leases", lambda client: client.mget(keys))
+        return tuple(rank for rank, lease in enumerate(leases) if lease is None)  # type: ignore[arg-type]
+
+    def publish_replica_status(self, status: ReplicaStatus) -> None:
+        """Show a replica's state to the operator, stamped with the ledger's clock."""
+        text = dataclasses.replace(status, updated_at=self.now()).to_json()
+        self._call("publish status", lambda client: client.hset(Keys(self.session).replicas, status.name, text))
+
+    def replica_statuses(self) -> dict[str, ReplicaStatus]:
+        """The last status of each replica, by name."""
+        texts = self._call("read statuses", lambda client: client.hgetall(Keys(self.session).replicas))
+        return {str(name): ReplicaStatus.from_json(text) for name, text in texts.items()}  # type: ignore[union-attr]
+
+    def _read_members(self) -> tuple[dict[str, Member], Mapping[str, str]]:
+        """All members, and the incarnation that each live lease names."""
+        keys = Keys(self.session)
+
+        def read(client: redis.Redis) -> tuple[dict[str, Member], dict[str, str]]:
+            texts: dict[str, str] = client.hgetall(keys.members)  # type: ignore[assignment]
+            members = {name: Member.from_json(text) for name, text in sorted(texts.items())}
+            leases: list[str | None] = client.mget([keys.replica_lease(name) for name in members]) if members else []  # type: ignore[assignment]
+            return members, {name: lease for name, lease in zip(members, leases, strict=True) if lease is not None}
+
+        return self._call("read members", read)

@@ -1,0 +1,121 @@
+"""Records of the rendezvous that only the runtime reads: members, pushes, reports, votes.
+
+Frozen, JSON in and out, no tensor and no client; imports `weightsync.wire` only. What the operator reads too is in `wire`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from weightsync.wire import Decision, JsonRecord
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Member(JsonRecord):
+    """One engine replica that takes part in pushes, as it describes itself."""
+
+    replica: str
+    url: str
+    """http base of the engine's endpoint, without a trailing slash."""
+    ranks: int
+    """Workers of the replica (its tensor parallel size)."""
+    incarnation: str
+    """Unique to one engine process: pod UID and process start."""
+    layout_digests: tuple[str, ...]
+    """Digest of each rank's layout, by rank."""
+    version: int = 0
+    """Committed version that the live weights hold (the last one, when DIRTY)."""
+    epoch: int = 0
+    """Epoch in which `version` was committed; 0 for the version 0 that was loaded."""
+    seen_epoch: int = 0
+    """Newest epoch that any accepted push carried; never below `epoch`."""
+    state: str = "CLEAN"
+    digest: str = ""
+    joined_at: float = 0.0
+    """Seconds since the Unix epoch by the ledger's clock; 0 until the first join, which sets it. The later of two
+    incarnations under one name wins."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layout_digests", tuple(self.layout_digests))
+        if len(self.layout_digests) != self.ranks:
+            raise ValueError(f"member {self.replica}: {len(self.layout_digests)} layout digests for {self.ranks} ranks")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Head:
+    """Where the session stands."""
+
+    epoch: int
+    """Epoch in force; an older trainer is refused."""
+    version: int
+    """Last committed version; 0 while nothing was committed."""
+    version_epoch: int
+    """Epoch that committed it."""
+    published: int
+    """Highest version that was ever tried."""
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return (self.version_epoch, self.version)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PushRecord(JsonRecord):
+    """One push as its coordinator opened it; nothing in it changes afterwards."""
+
+    push_id: str
+    """epoch.version.attempt"""
+    session: str
+    epoch: int
+    version: int
+    attempt: int
+    """Counts the pushes of a session, so that a version that is pushed again has another push_id."""
+    step: int
+    """The trainer's own label."""
+    catch_up: bool
+    """True when it brings late replicas to a version that was committed before."""
+    deadline_at: float
+    """Seconds since the Unix epoch by the ledger's clock; nothing commits after it."""
+    writers: int
+    """World size of the trainer."""
+    plan_digests: dict[str, str]
+    """Digest of the plan for each layout digest."""
+    members: dict[str, str]
+    """Incarnation of each replica that takes part."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """How a push ended, or that it has not."""
+
+    decision: Decision
+    reason: str
+    """Why it was aborted; empty otherwise."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WriterReport(JsonRecord):
+    """What one trainer rank says of its part of a push, once all its handles are terminal."""
+
+    rank: int
+    ok: bool
+    reason: str = ""
+    bytes: int = 0
+    """Payload bytes of the writes that ended well."""
+    seconds_by_phase: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Vote(JsonRecord):
+    """What one engine rank says of the bytes it received."""
+
+    replica: str
+    rank: int
+    ok: bool
+    reason: str = ""
+    digest: str = ""
+    """Hexadecimal sum of the digests of the rank's targets, measured in place."""
+    bytes: int = 0
+    """Payload bytes, counted by the receiver."""
+    pause_seconds: float = 0.0
+    seconds_by_phase: dict[str, float] = dataclasses.field(default_factory=dict)

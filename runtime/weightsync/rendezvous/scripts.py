@@ -1,0 +1,168 @@
+"""Lua of the ledger: each script is one compare-and-set that no other client can split.
+
+Redis runs a script as a whole. Scripts take the session's key prefix as KEYS[1] and derive their keys from it; the names are those
+of `weightsync.wire.Keys`. All of them raise the head first to what the caller has witnessed, so that a ledger that
+came back empty never turns time back (failure modes 30, 50).
+"""
+
+from __future__ import annotations
+
+_PRELUDE = """
+local prefix = KEYS[1]
+local head = prefix .. 'head'
+
+local function get(field) return tonumber(redis.call('HGET', head, field) or '0') end
+
+local function now()
+  local t = redis.call('TIME')
+  return tonumber(t[1]) + tonumber(t[2]) / 1e6
+end
+
+local function text(seconds) return string.format('%.6f', seconds) end
+
+-- ARGV[1..3]: committed epoch and version, and newest epoch, that the caller knows of.
+local function raise_head()
+  local epoch, version, seen = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+  redis.call('HSETNX', head, 'born', text(now()))
+  local held_epoch, held = get('version_epoch'), get('version')
+  if epoch > held_epoch or (epoch == held_epoch and version > held) then held_epoch, held = epoch, version end
+  redis.call('HSET', head, 'epoch', math.max(get('epoch'), epoch, seen), 'version', held, 'version_epoch', held_epoch,
+             'published', math.max(get('published'), held, version))
+end
+raise_head()
+"""
+
+_HEAD_REPLY = """
+return {get('epoch'), get('version'), get('version_epoch'), get('published')}
+"""
+
+RAISE_HEAD = _PRELUDE + _HEAD_REPLY
+
+OPEN_EPOCH = (
+    _PRELUDE
+    + """
+-- ARGV[4]: the epoch that the operator gave, or 0.
+local wanted, known = tonumber(ARGV[4]), get('epoch')
+if wanted == 0 then
+  for _, member in ipairs(redis.call('HVALS', prefix .. 'members')) do
+    local record = cjson.decode(member)
+    known = math.max(known, record.epoch or 0, record.seen_epoch or 0)
+  end
+  wanted = known + 1
+elseif wanted < known then
+  return {'FENCED', known}
+end
+redis.call('HSET', head, 'epoch', wanted)
+return {'OK', wanted}
+"""
+)
+
+BEGIN_PUSH = (
+    _PRELUDE
+    + """
+-- ARGV[4..10]: epoch, sequence, timeout, catch_up (0/1), floor version, floor attempt, the record's constant part; [11]: TTL.
+local epoch, catch_up, floor = tonumber(ARGV[4]), ARGV[7] == '1', tonumber(ARGV[8])
+if get('epoch') ~= epoch then return {'FENCED', get('epoch')} end
+local version
+if catch_up then
+  if get('version_epoch') ~= epoch or (floor > 0 and get('version') ~= floor) then
+    return {'NOTHING', get('version'), get('version_epoch')}
+  end
+  version = get('version')
+else
+  version = math.max(get('published'), get('version'), floor) + 1
+end
+local attempt = math.max(get('attempts'), tonumber(ARGV[9])) + 1
+local push_id = string.format('%d.%d.%d', epoch, version, attempt)
+local deadline_at = now() + tonumber(ARGV[6])
+redis.call('HSET', head, 'published', math.max(get('published'), version), 'attempts', attempt)
+local key = prefix .. 'push:' .. push_id
+redis.call('HSET', key, 'record', ARGV[10], 'epoch', epoch, 'version', version, 'attempt', attempt,
+           'deadline_at', text(deadline_at), 'catch_up', ARGV[7], 'decision', 'OPEN', 'reason', '')
+redis.call('EXPIRE', key, ARGV[11])
+redis.call('SET', prefix .. 'current:' .. epoch, ARGV[5] .. ' ' .. push_id, 'EX', ARGV[11])
+return {'OK', push_id, version, attempt, text(deadline_at)}
+"""
+)
+
+DECIDE = (
+    _PRELUDE
+    + """
+-- ARGV[4..7]: push id, decision wanted, reason, TTL. Answers the decision in force and its reason.
+local key = prefix .. 'push:' .. ARGV[4]
+local push = redis.call('HMGET', key, 'decision', 'reason', 'epoch', 'version', 'deadline_at', 'catch_up')
+if push[1] and push[1] ~= 'OPEN' then return {push[1], push[2]} end
+
+local function refusal()
+  if not push[1] then return 'the ledger does not know push ' .. ARGV[4] .. ': its Redis lost its data' end
+  local epoch, version, late = tonumber(push[3]), tonumber(push[4]), now() - tonumber(push[5])
+  if ARGV[5] == 'ABORT' then return ARGV[6] end
+  if get('epoch') ~= epoch then return string.format('epoch %d is in force, the push is of epoch %d', get('epoch'), epoch) end
+  if late > 0 then return string.format('its deadline passed %.3f s before the commit', late) end
+  local committed_epoch, committed = get('version_epoch'), get('version')
+  if push[6] == '0' and (committed_epoch > epoch or (committed_epoch == epoch and committed >= version)) then
+    return string.format('version %d of epoch %d is committed already', committed, committed_epoch)
+  end
+  return nil
+end
+
+local reason = refusal()
+if reason then
+  redis.call('HSET', key, 'decision', 'ABORT', 'reason', reason)
+  redis.call('EXPIRE', key, ARGV[7])
+  return {'ABORT', reason}
+end
+redis.call('HSET', key, 'decision', 'COMMIT', 'reason', '')
+if push[6] == '0' then redis.call('HSET', head, 'version', push[4], 'version_epoch', push[3]) end
+return {'COMMIT', ''}
+"""
+)
+
+ADD_TO_PUSH = """
+-- ARGV: push id, field, JSON. A push that the ledger lost is not half recreated.
+local key = KEYS[1] .. 'push:' .. ARGV[1]
+if redis.call('HEXISTS', key, 'record') == 0 then return 0 end
+redis.call('HSET', key, ARGV[2], ARGV[3])
+return 1
+"""
+
+JOIN = (
+    _PRELUDE
+    + """
+-- ARGV[4..8]: replica, incarnation, joined_at (0: first join), the member's JSON without joined_at, lease in milliseconds.
+local joined_at = tonumber(ARGV[6])
+local known = redis.call('HGET', prefix .. 'members', ARGV[4])
+if known then
+  local other = cjson.decode(known)
+  if other.incarnation ~= ARGV[5] and joined_at > 0 and other.joined_at > joined_at then
+    return {'REPLACED', other.incarnation}
+  end
+end
+if joined_at == 0 then joined_at = now() end
+local member = string.gsub(ARGV[7], '}$', ',"joined_at":' .. text(joined_at) .. '}')
+redis.call('HSET', prefix .. 'members', ARGV[4], member)
+redis.call('SET', prefix .. 'lease:replica:' .. ARGV[4], ARGV[5], 'PX', ARGV[8])
+return {'OK', text(joined_at)}
+"""
+)
+
+LEAVE = """
+-- ARGV: replica, incarnation, only_dead (1: keep it while its lease lives).
+local known = redis.call('HGET', KEYS[1] .. 'members', ARGV[1])
+if not known or cjson.decode(known).incarnation ~= ARGV[2] then return 0 end
+local lease = KEYS[1] .. 'lease:replica:' .. ARGV[1]
+if ARGV[3] == '1' and redis.call('GET', lease) == ARGV[2] then return 0 end
+redis.call('HDEL', KEYS[1] .. 'members', ARGV[1])
+redis.call('HDEL', KEYS[1] .. 'replicas', ARGV[1])
+redis.call('DEL', lease)
+return 1
+"""
+
+PUBLISH_PUSH = """
+-- ARGV: JSON, length to keep. A retry after a lost answer does not list a push twice.
+local list = KEYS[1] .. 'pushes'
+if redis.call('LINDEX', list, 0) == ARGV[1] then return 0 end
+redis.call('LPUSH', list, ARGV[1])
+redis.call('LTRIM', list, 0, tonumber(ARGV[2]) - 1)
+return 1
+"""
