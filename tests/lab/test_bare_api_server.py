@@ -34,13 +34,13 @@ CRD = {
 
 
 def ask_until(server: BareApiServer, path: str, *, timeout_s: float = 20.0) -> dict[str, Any]:
-    """GET `path` until it exists; the last error is raised at the deadline."""
+    """GET `path` until it exists and its storage is ready (429 until then); the last error is raised at the deadline."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
             return server.request("GET", path)
         except urllib.error.HTTPError as error:
-            if error.code != 404 or time.monotonic() > deadline:
+            if error.code not in (404, 429) or time.monotonic() > deadline:
                 raise
         time.sleep(0.05)
 
