@@ -14,20 +14,40 @@ from typing import Any, Self, TypeVar
 
 import redis
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthorizationError, NoPermissionError
+from redis.exceptions import AuthorizationError, NoPermissionError, OutOfMemoryError
 from redis.retry import Retry
 
 from weightsync.config import Contract
 from weightsync.errors import LedgerUnavailable
+from weightsync.rendezvous.retry import retry_until
 
 SOCKET_TIMEOUT_S = 2.0
 RETRY_PAUSE_S = 0.05
 """Between two tries; a refused connection answers at once and must not become a busy loop."""
 
-_PASSING = (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError, OSError)
-_REFUSED = (redis.AuthenticationError, AuthorizationError, NoPermissionError)
-
 T = TypeVar("T")
+
+
+class _Passing(Exception):
+    """A fault that may be gone at the next try."""
+
+
+class _Refused(Exception):
+    """A fault that no retry cures."""
+
+
+def _attempt(command: Callable[[redis.Redis], T], client: redis.Redis) -> T:
+    """Run `command` once, with redis-py's errors told apart by what the caller does about them; a script's bug passes through."""
+    try:
+        return command(client)
+    except (redis.AuthenticationError, AuthorizationError, NoPermissionError) as error:
+        raise _Refused(str(error)) from error
+    except (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError, OutOfMemoryError, OSError) as error:
+        raise _Passing(f"{type(error).__name__}: {error}") from error
+    except redis.ResponseError as error:
+        if str(error).startswith(("MISCONF", "NOREPLICAS")):
+            raise _Passing(str(error)) from error
+        raise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,25 +158,19 @@ class LedgerConnection:
         """Run `command`, again on passing faults until the deadline. Raises LedgerUnavailable saying what failed."""
         started = time.monotonic()
         deadline = started + self._retry_s if self._until is None else self._until
-        while True:
-            try:
-                return command(self._shared.client)
-            except _REFUSED as error:
-                cure = "check redis.username and redis.passwordFile of the contract, and the user's ACL"
-                raise LedgerUnavailable(f"ledger {self.address}: {what} was refused ({error}); {cure}") from error
-            except _PASSING as error:
-                fault = error
-            except redis.ResponseError as error:
-                if not str(error).startswith(("OOM", "MISCONF", "NOREPLICAS")):
-                    raise
-                fault = error
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                tried_s = time.monotonic() - started
-                raise LedgerUnavailable(
-                    f"ledger {self.address}: {what} failed for {tried_s:.1f} s ({fault}); is Redis up and reachable from here?"
-                ) from fault
-            time.sleep(min(RETRY_PAUSE_S, left_s))
+        try:
+            return retry_until(
+                deadline, lambda: _attempt(command, self._shared.client), passing=(_Passing,), pause_s=RETRY_PAUSE_S
+            )
+        except _Refused as error:
+            cure = "check redis.username and redis.passwordFile of the contract, and the user's ACL"
+            raise LedgerUnavailable(f"ledger {self.address}: {what} was refused ({error}); {cure}") from error
+        except _Passing as error:
+            cure = "is Redis up, writable and reachable from here?"
+            tried_s = time.monotonic() - started
+            raise LedgerUnavailable(
+                f"ledger {self.address}: {what} failed for {tried_s:.1f} s ({error}); {cure}"
+            ) from error
 
     def _run(self, what: str, script: str, *args: str | float) -> Any:
         """Run a script of `scripts` on this session's keys."""
