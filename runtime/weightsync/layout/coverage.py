@@ -1,0 +1,104 @@
+"""The proof that a layout gives every element of every target a value, exactly once. numpy only."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from weightsync.errors import CoverageError, PlanError
+from weightsync.layout.records import Target, TargetLayout
+from weightsync.layout.strides import canonical, extent, spread
+from weightsync.layout.table import Axis
+
+SHOWN = 5
+"""Faults that a message spells out; the rest are counted."""
+
+
+def prove_coverage(layout: TargetLayout, targets: Axis) -> None:
+    """Raise CoverageError naming each target of which an element is written by nobody, or by more than one copy or fill.
+
+    Raises PlanError for a write outside its target.
+    """
+    start, stop = _written(layout, targets)
+    order = np.lexsort((stop, start))
+    start, stop = start[order], stop[order]
+    reached = np.concatenate([[0], np.maximum.accumulate(stop)]) if len(stop) else np.zeros(1, dtype=np.int64)
+    ends = np.concatenate([start, targets.bounds[-1:]])
+    gaps, overlaps = ends > reached, ends < reached
+    overlaps[-1] = False
+    if gaps.any() or overlaps.any():
+        faults = _missing(targets, reached[gaps], ends[gaps])
+        faults += [_twice(layout, targets, int(p)) for p in ends[overlaps]]
+        raise CoverageError(listed(faults))
+
+
+def listed(faults: list[str]) -> str:
+    """The first few of many faults, and how many there are."""
+    more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+    return "; ".join(faults[:SHOWN]) + more
+
+
+def target_ranges(
+    targets: Axis, views: list[tuple[str, int, tuple[int, ...], tuple[int, ...]]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Contiguous ranges [start, stop) on the target axis that views (target, offset, strides, shape) touch, [R] each."""
+    starts, counts, runs, outers = [], [], [], []
+    for name, offset, strides, shape in views:
+        tensor = targets.tensors[targets.index[name]]
+        outer, run = canonical(shape, strides)
+        if offset < 0 or offset + extent(outer, run) > tensor.numel:
+            raise PlanError(f"{name}: a write at element {offset}, shape {shape}, leaves its {tensor.numel} elements")
+        starts.append(offset + int(targets.bounds[targets.index[name]]))
+        runs.append(run)
+        outers.append(outer)
+        counts.append(math.prod(n for n, _ in outer))
+    owner, number = spread(np.array(counts, dtype=np.int64))
+    start = np.array(starts, dtype=np.int64)[owner]
+    for view in [i for i, outer in enumerate(outers) if outer]:
+        mine = np.searchsorted(owner, view), np.searchsorted(owner, view, side="right")
+        rest = number[mine[0] : mine[1]]
+        for n, stride in reversed(outers[view]):
+            rest, at = np.divmod(rest, n)
+            start[mine[0] : mine[1]] += at * stride
+    stop = start + np.array(runs, dtype=np.int64)[owner]
+    return start[stop > start], stop[stop > start]
+
+
+def _written(layout: TargetLayout, targets: Axis) -> tuple[np.ndarray, np.ndarray]:
+    views = [(c.target, c.target_offset, c.target_strides, c.shape) for c in layout.copies]
+    views += [(f.target, f.offset, f.strides, f.shape) for f in layout.fills]
+    unknown = sorted({name for name, *_ in views} - targets.index.keys())
+    if unknown:
+        raise PlanError(
+            f"writes to {', '.join(unknown[:SHOWN])} ({len(unknown)} names), which the layout does not list as targets"
+        )
+    return target_ranges(targets, views)
+
+
+def _missing(targets: Axis, starts: np.ndarray, stops: np.ndarray) -> list[str]:
+    """One fault a target, for gaps [start, stop) on the target axis; a gap may span several targets."""
+    lost: dict[int, tuple[int, int, int]] = {}
+    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+        i = int(np.searchsorted(targets.bounds, start, side="right")) - 1
+        while start < stop:
+            low, high = int(targets.bounds[i]), min(stop, int(targets.bounds[i + 1]))
+            if high > start:
+                first = lost.get(i, (start - low, high - low, 0))
+                lost[i] = (first[0], first[1], first[2] + high - start)
+            start, i = max(start, high), i + 1
+    return [_gap(targets.tensors[i], *found) for i, found in sorted(lost.items())]
+
+
+def _gap(target: Target, start: int, stop: int, count: int) -> str:
+    return (
+        f"{target.name} {list(target.shape)}: {count} of {target.numel} elements are written by nobody, first [{start}, {stop}): "
+        "offer the loader the source tensor that it lacks"
+    )
+
+
+def _twice(layout: TargetLayout, targets: Axis, position: int) -> str:
+    target, element = targets.locate(position)
+    origins = sorted({c.source for c in layout.copies if c.target == target.name})
+    origins += ["a fill"] * any(f.target == target.name for f in layout.fills)
+    return f"{target.name} {list(target.shape)}: element {element} is written more than once (it gets {', '.join(origins[:SHOWN])}): offer one of them"

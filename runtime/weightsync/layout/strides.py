@@ -1,0 +1,55 @@
+"""Strided views reduced to runs of neighbouring elements. numpy only."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+Outer = tuple[tuple[int, ...], ...]
+
+
+@lru_cache(maxsize=4096)
+def canonical(shape: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[Outer, int]:
+    """Merge the dims of views of one shape as far as all of them allow.
+
+    Returns (outer, run): `outer` lists (count, stride in each view) with strides of the first view descending, `run` is the
+    number of elements that are neighbours in every view. A shape without elements gives a run of 0.
+    """
+    if 0 in shape:
+        return (), 0
+    dims = sorted(
+        ((n, *s) for n, *s in zip(shape, *strides, strict=True) if n > 1), key=lambda dim: dim[1:], reverse=True
+    )
+    merged: list[tuple[int, ...]] = []
+    for dim in dims:
+        n = dim[0]
+        if merged and all(outer == n * inner for outer, inner in zip(merged[-1][1:], dim[1:], strict=True)):
+            merged[-1] = (merged[-1][0] * n, *dim[1:])
+        else:
+            merged.append(dim)
+    if merged and all(stride == 1 for stride in merged[-1][1:]):
+        return tuple(merged[:-1]), merged[-1][0]
+    return tuple(merged), 1
+
+
+def extent(outer: Outer, run: int, view: int = 0) -> int:
+    """Elements from the first to the last that the canonical form touches in its view number `view`, both included."""
+    return run + sum((n - 1) * strides[view] for n, *strides in outer)
+
+
+def is_nested(outer: Outer, run: int) -> bool:
+    """True when the first view's dims (strides descending) lie inside one another, so that no element is met twice."""
+    inside = run
+    for n, stride, *_ in reversed(outer):
+        if stride < inside:
+            return False
+        inside += (n - 1) * stride
+    return True
+
+
+def spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For counts [c0, c1, ..]: which entry each of sum(counts) items belongs to, and its number within it."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    first = np.cumsum(counts) - counts
+    return owner, np.arange(len(owner)) - first[owner]

@@ -1,0 +1,222 @@
+"""Learns what an engine wants by watching its own loader: meta tensors in, every `copy_` into a parameter noted, none performed.
+
+A view of a meta tensor keeps its storage, offset and strides, so any chain of narrow, chunk, view and transpose is understood
+without a list of operations. What cannot be expressed as a copy is refused by name. Imports torch and the records, not vLLM.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from weightsync.errors import UnsupportedLayout, WeightSyncError
+from weightsync.layout.coverage import prove_coverage
+from weightsync.layout.fills import surviving_fills
+from weightsync.layout.records import Copy, Fill, SourceTensor, Target, TargetLayout
+from weightsync.layout.table import Axis
+
+_aten = torch.ops.aten
+_TRACED_DTYPES = ("bfloat16",)
+"""What a source may be offered as; a target of another dtype than its source is refused."""
+
+
+def trace_loader(
+    load: Callable[[Iterable[tuple[str, Tensor]]], Any],
+    params: Mapping[str, Tensor],
+    sources: Sequence[SourceTensor],
+    meta: Mapping[str, str] | None = None,
+) -> TargetLayout:
+    """Run `load` on meta tensors of `sources` and note where each of their elements goes in `params`.
+
+    `params` may be live: nothing is written to them. Raises UnsupportedLayout naming the tensor when the loader does what
+    cannot be noted, and CoverageError when an element of a parameter gets no value, or two.
+    """
+    recorder = _Recorder(params, sources)
+    try:
+        with recorder:
+            load(recorder.offer())
+    except WeightSyncError:
+        raise
+    except Exception as error:
+        raise UnsupportedLayout(
+            f"the loader failed on a tensor without data, {recorder.offered or 'before it took any'}: {type(error).__name__}: {error}"
+        ) from error
+    recorder.check_storage(params)
+    return recorder.layout(dict(meta or {}))
+
+
+class _Parameters:
+    """Finds the parameter that a view lies in, also where several share one storage."""
+
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
+        self.by_storage: dict[int, list[tuple[int, int, str]]] = {}
+        self.targets: dict[str, Target] = {}
+        for name in sorted(params):
+            self._add(name, params[name])
+        for spans in self.by_storage.values():
+            spans.sort()
+            for (_, stop, one), (start, _, other) in itertools.pairwise(spans):
+                if start < stop:
+                    raise UnsupportedLayout(
+                        f"parameters {one} and {other} overlap in memory without being the same tensor"
+                    )
+
+    def _add(self, name: str, param: Tensor) -> None:
+        if not param.is_contiguous():
+            raise UnsupportedLayout(
+                f"parameter {name} {list(param.shape)} is not contiguous (strides {param.stride()}): its kernel does not keep the load format"
+            )
+        if param.numel() == 0:
+            return
+        spans = self.by_storage.setdefault(_storage(param), [])
+        span = (param.storage_offset(), param.storage_offset() + param.numel())
+        tied = next((other for *known, other in spans if tuple(known) == span), None)
+        if tied is None:
+            spans.append((*span, name))
+            self.targets[name] = Target(name, tuple(param.shape), _dtype(param))
+
+    def find(self, view: Tensor) -> tuple[str, int] | None:
+        """(name, first element) of the parameter that a view begins in, or None."""
+        spans = self.by_storage.get(_storage(view))
+        if spans is None:
+            return None
+        start, stop, name = spans[
+            max(0, bisect.bisect_right(spans, view.storage_offset(), key=lambda span: span[0]) - 1)
+        ]
+        if not start <= view.storage_offset() < stop:
+            return None
+        return name, view.storage_offset() - start
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes `copy_`, `fill_` and `zero_` on parameters instead of performing them; refuses every other change of one."""
+
+    def __init__(self, params: Mapping[str, Tensor], sources: Sequence[SourceTensor]) -> None:
+        super().__init__()
+        self.parameters = _Parameters(params)
+        self.copies: list[Copy] = []
+        self.fills: list[tuple[Fill, int]] = []
+        """Each with the number of copies that came before it."""
+        self.offered = ""
+        self.sources = {source.name: source for source in sources}
+        if len(self.sources) != len(sources):
+            raise UnsupportedLayout("sources list a name twice: offer each checkpoint tensor once")
+        self._tensors = {source.name: _meta_tensor(source) for source in sources}
+        self._source_of = {_storage(tensor): name for name, tensor in self._tensors.items()}
+
+    def offer(self) -> Iterator[tuple[str, Tensor]]:
+        """What the loader iterates over."""
+        for name, tensor in self._tensors.items():
+            self.offered = name
+            yield name, tensor
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is _aten.copy_.default and self._note_copy(args[0], args[1]):
+            return args[0]
+        if func in (_aten.fill_.Scalar, _aten.zero_.default) and (found := self.parameters.find(args[0])) is not None:
+            self._note_fill(args[0], found, args[1] if len(args) > 1 else 0)
+            return args[0]
+        self._refuse_other_changes(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+    def _note_copy(self, into: Tensor, view: Tensor) -> bool:
+        """True when the copy was noted; False when it touches neither a source nor a parameter."""
+        source, found = self._source_of.get(_storage(view)), self.parameters.find(into)
+        if source is None and found is None:
+            return False
+        if found is None:
+            raise UnsupportedLayout(
+                f"{source} is copied into a tensor {list(into.shape)} that is no parameter (a buffer or a scratch tensor): it cannot be written remotely"
+            )
+        name, offset = found
+        if source is None:
+            origin = "computed from other tensors" if view.device.type == "meta" else "with data of its own"
+            raise UnsupportedLayout(
+                f"parameter {name} is copied from a {view.dtype} tensor {list(view.shape)} {origin}, not from a view of a source"
+            )
+        if into.dtype != view.dtype:
+            raise UnsupportedLayout(
+                f"parameter {name} is {into.dtype}, but {source} is offered as {view.dtype}: a push does not change the dtype"
+            )
+        view = view.expand(into.shape)
+        if into.numel():
+            self.copies.append(
+                Copy(source, view.storage_offset(), view.stride(), name, offset, into.stride(), tuple(into.shape))
+            )
+        return True
+
+    def _note_fill(self, view: Tensor, found: tuple[str, int], value: Any) -> None:
+        name, offset = found
+        if view.numel():
+            fill = Fill(name, offset, view.stride(), tuple(view.shape), _bits(value, view.dtype))
+            self.fills.append((fill, len(self.copies)))
+
+    def _refuse_other_changes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for i, argument in enumerate(func._schema.arguments):
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            if argument.alias_info is None or not argument.alias_info.is_write or not isinstance(value, Tensor):
+                continue
+            if (found := self.parameters.find(value)) is not None:
+                raise UnsupportedLayout(
+                    f"the loader changes parameter {found[0]} with {func} (at source {self.offered}): only copy_, fill_ and zero_ can be noted"
+                )
+            if (source := self._source_of.get(_storage(value))) is not None:
+                raise UnsupportedLayout(
+                    f"the loader changes source {source} in place with {func}: the trainer's values would not be changed"
+                )
+
+    def check_storage(self, params: Mapping[str, Tensor]) -> None:
+        """Raises UnsupportedLayout when a parameter was given other memory meanwhile (`param.data = ...`)."""
+        for name in self.parameters.targets:
+            if self.parameters.find(params[name]) != (name, 0):
+                raise UnsupportedLayout(
+                    f"the loader gave parameter {name} other memory: what was offered to writers would be stale"
+                )
+
+    def layout(self, meta: Mapping[str, str]) -> TargetLayout:
+        """The record, with coverage proved."""
+        used = {copy.source for copy in self.copies}
+        targets = tuple(self.parameters.targets.values())
+        axis = Axis(targets)
+        layout = TargetLayout(
+            targets=targets,
+            sources=tuple(source for name, source in self.sources.items() if name in used),
+            copies=tuple(self.copies),
+            fills=surviving_fills(self.fills, self.copies, axis),
+            unused=tuple(name for name in self.sources if name not in used),
+            meta=meta,
+        )
+        prove_coverage(layout, axis)
+        return layout
+
+
+def _meta_tensor(source: SourceTensor) -> Tensor:
+    if source.dtype not in _TRACED_DTYPES:
+        raise UnsupportedLayout(
+            f"source {source.name} is {source.dtype}: only {', '.join(_TRACED_DTYPES)} can be pushed"
+        )
+    return torch.empty(source.shape, dtype=getattr(torch, source.dtype), device="meta")
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _bits(value: Any, dtype: torch.dtype) -> int:
+    """Bit pattern of `value` as an element of `dtype`."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    element = torch.tensor(value, dtype=dtype)
+    width = element.element_size()
+    return int(element.view(integers[width]).item()) & ((1 << (8 * width)) - 1)
