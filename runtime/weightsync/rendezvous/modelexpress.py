@@ -1,0 +1,289 @@
+"""The adapter to ModelExpress: engines publish how their memory is reached, trainers fetch it by the ledger's member list.
+
+Nothing is ever looked up by listing: ModelExpress answers an empty list with OK when its Redis is gone (failure mode 66), so
+who takes part comes from the ledger, and each source is fetched by its exact name. Imports grpc and modelexpress (which imports torch).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any, Self, TypeVar
+
+import grpc
+from modelexpress import p2p_pb2 as _generated
+from modelexpress.auth import with_auth
+from modelexpress.metadata.source_id import compute_mx_source_id
+from modelexpress.p2p_pb2_grpc import P2pServiceStub
+
+from weightsync.config import Contract
+from weightsync.errors import RendezvousUnavailable
+from weightsync.rendezvous.heartbeat import Heartbeat
+from weightsync.rendezvous.retry import retry_until
+
+CALL_TIMEOUT_S = 5.0
+RETRY_PAUSE_S = 0.2
+HEARTBEAT_INTERVAL_S = 10.0
+"""ModelExpress calls a source stale after 90 s; this often, because it is also how soon one that it forgot is back."""
+
+LAYOUT = "weightsync.layout"
+"""Name of the descriptor whose dtype holds the layout, compressed, in base64. Topology would hold it too, but is part of every
+listing and is rewritten by every heartbeat: 24 ms a heartbeat and 400 KB an entry listed for a layout of 300 KB, against 1 ms."""
+
+_MESSAGE_LIMIT_BYTES = 100 * 1024 * 1024
+_CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", _MESSAGE_LIMIT_BYTES),
+    ("grpc.max_receive_message_length", _MESSAGE_LIMIT_BYTES),
+    # gRPC's own back-off grows to two minutes, and its connections are shared with others in the process.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+_PASSING_CODES = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.INTERNAL,
+)
+
+p2p_pb2: Any = _generated
+"""Its names are made at import, where no type checker sees them."""
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RemoteTensor:
+    """A tensor in an engine's registered memory."""
+
+    name: str
+    address: int
+    length_bytes: int
+    device_id: int
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineDescriptor:
+    """How one rank of an engine replica is written to, as its worker published it."""
+
+    replica: str
+    incarnation: str
+    rank: int
+    agent_name: str
+    """Name of the worker's NIXL agent; carries the incarnation, so that a restarted peer is another one."""
+    metadata: bytes
+    """The NIXL agent's metadata."""
+    tensors: dict[str, RemoteTensor]
+    layout: bytes
+    """What the rank wants, as `weightsync.layout` wrote it."""
+
+    @property
+    def worker_id(self) -> str:
+        return f"{self.replica}/{self.incarnation}/{self.rank}"
+
+
+class _Passing(Exception):
+    """A fault that may be gone at the next try."""
+
+
+class Rendezvous:
+    """A thread-safe client of one session's sources on a ModelExpress server; a context manager.
+
+    Every call is tried again until `retry_s` ran out, or a deadline that it is given, and then raises RendezvousUnavailable.
+    """
+
+    def __init__(self, *, address: str, session: str, model: str, retry_s: float = 15.0) -> None:
+        self.address = address
+        self._retry_s = retry_s
+        self._identity = p2p_pb2.SourceIdentity(model_name=model, extra_parameters={"weightsync.session": session})
+        self._source_id = compute_mx_source_id(self._identity)
+        self._lock = threading.Lock()
+        self._channel = self._open_channel()
+
+    @classmethod
+    def from_contract(cls, contract: Contract, *, retry_s: float = 15.0) -> Self:
+        """A client for the contract's server and session; nothing is sent yet."""
+        address = contract.model_express.address
+        return cls(address=address, session=contract.session, model=contract.model.path, retry_s=retry_s)
+
+    def publish(self, source: EngineDescriptor, *, deadline: float | None = None) -> None:
+        """Offer a rank's memory under its exact name, replacing what was there. `deadline` is a time.monotonic()."""
+        request = p2p_pb2.PublishMetadataRequest(
+            identity=self._identity, worker=_worker(source), worker_id=source.worker_id
+        )
+
+        def attempt(timeout_s: float) -> None:
+            answer = self._send("PublishMetadata", request, timeout_s)
+            if not answer.success:
+                raise _Passing(answer.message)
+            if answer.mx_source_id != self._source_id:
+                raise RendezvousUnavailable(
+                    f"ModelExpress at {self.address} calls this session {answer.mx_source_id}, its client {self._source_id}:"
+                    " server and `modelexpress` package must be of one version"
+                )
+            self._report_ready(source, timeout_s)
+
+        self._retry(f"publish {source.worker_id}", attempt, deadline)
+
+    def renew(self, source: EngineDescriptor, *, deadline: float | None = None) -> None:
+        """Say that a source lives; publishes it again when the server has forgotten it."""
+
+        def attempt(timeout_s: float) -> bool:
+            return self._report_ready(source, timeout_s)
+
+        if not self._retry(f"renew {source.worker_id}", attempt, deadline):
+            self.publish(source, deadline=deadline)
+
+    def fetch(self, replica: str, incarnation: str, rank: int, *, deadline: float | None = None) -> EngineDescriptor:
+        """How to write into one rank of a replica that the ledger lists. Waits for it until the deadline.
+
+        Raises RendezvousUnavailable when the server does not answer, has lost its Redis, or does not know the rank.
+        """
+        worker_id = f"{replica}/{incarnation}/{rank}"
+        request = p2p_pb2.GetMetadataRequest(mx_source_id=self._source_id, worker_id=worker_id)
+
+        def attempt(timeout_s: float) -> EngineDescriptor:
+            answer = self._send("GetMetadata", request, timeout_s)
+            if not answer.found:
+                # An unknown source is answered under the name that was asked for, a fault of the server's Redis under none.
+                raise _Passing("it does not know the source" if answer.mx_source_id else "its Redis does not answer")
+            return _descriptor(replica, incarnation, rank, answer.worker)
+
+        return self._retry(f"fetch {worker_id}", attempt, deadline)
+
+    def close(self) -> None:
+        """Close the connection; sources stay until the server calls them stale."""
+        with self._lock:
+            self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _report_ready(self, source: EngineDescriptor, timeout_s: float) -> bool:
+        """One UpdateStatus, which also stamps the source with the server's clock. False when the server does not know it."""
+        request = p2p_pb2.UpdateStatusRequest(
+            mx_source_id=self._source_id,
+            worker_id=source.worker_id,
+            worker_rank=source.rank,
+            status=p2p_pb2.SOURCE_STATUS_READY,
+        )
+        return self._send("UpdateStatus", request, timeout_s).success
+
+    def _retry(self, what: str, attempt: Callable[[float], T], deadline: float | None) -> T:
+        started = time.monotonic()
+        ends = started + self._retry_s if deadline is None else deadline
+
+        def bounded() -> T:
+            return attempt(max(0.1, min(CALL_TIMEOUT_S, ends - time.monotonic())))
+
+        try:
+            return retry_until(ends, bounded, passing=(_Passing,), pause_s=RETRY_PAUSE_S)
+        except _Passing as error:
+            tried_s = time.monotonic() - started
+            raise RendezvousUnavailable(
+                f"ModelExpress at {self.address}: {what} failed for {tried_s:.1f} s ({error}); is it up, and its Redis,"
+                " and does the engine run?"
+            ) from error
+
+    def _send(self, method: str, request: Any, timeout_s: float) -> Any:
+        with self._lock:
+            channel = self._channel
+        try:
+            return getattr(P2pServiceStub(with_auth(channel)), method)(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            code, details = error.code(), error.details()
+            if code not in _PASSING_CODES:
+                cure = "check the token that the pod mounts for it, and that server and package are of one version"
+                raise RendezvousUnavailable(
+                    f"ModelExpress at {self.address}: {method}: {code.name} {details}; {cure}"
+                ) from error
+            self._renew_channel(channel)
+            raise _Passing(f"{code.name} {details}") from error
+
+    def _renew_channel(self, failed: grpc.Channel) -> None:
+        """Connect anew: a server that moved behind its name is not found again by an old connection."""
+        with self._lock:
+            if self._channel is failed:
+                self._channel = self._open_channel()
+                failed.close()
+
+    def _open_channel(self) -> grpc.Channel:
+        return grpc.insecure_channel(self.address, options=_CHANNEL_OPTIONS)
+
+
+def source_heartbeat(
+    rendezvous: Rendezvous, sources: Iterable[EngineDescriptor], *, interval_s: float = HEARTBEAT_INTERVAL_S
+) -> Heartbeat:
+    """The heartbeat of sources that were published: renews each, and publishes again what the server forgot. Not yet started."""
+    kept = tuple(sources)
+
+    def beat() -> None:
+        for source in kept:
+            rendezvous.renew(source, deadline=time.monotonic() + interval_s)
+
+    return Heartbeat(f"sources-of-{kept[0].replica}", beat, interval_s=interval_s)
+
+
+def _worker(source: EngineDescriptor) -> Any:
+    tensors = [
+        p2p_pb2.TensorDescriptor(
+            name=tensor.name,
+            addr=tensor.address,
+            size=tensor.length_bytes,
+            device_id=tensor.device_id,
+            dtype=tensor.dtype,
+        )
+        for tensor in source.tensors.values()
+    ]
+    layout = base64.b64encode(zlib.compress(source.layout, level=1)).decode()
+    tensors.append(p2p_pb2.TensorDescriptor(name=LAYOUT, size=len(source.layout), dtype=layout))
+    return p2p_pb2.WorkerMetadata(
+        worker_rank=source.rank,
+        agent_name=source.agent_name,
+        nixl_metadata=source.metadata,
+        tensor_source=p2p_pb2.TensorSourceMetadata(tensors=tensors),
+        status=p2p_pb2.SOURCE_STATUS_INITIALIZING,
+    )
+
+
+def _descriptor(replica: str, incarnation: str, rank: int, worker: Any) -> EngineDescriptor:
+    tensors = {
+        tensor.name: RemoteTensor(
+            name=tensor.name,
+            address=tensor.addr,
+            length_bytes=tensor.size,
+            device_id=tensor.device_id,
+            dtype=tensor.dtype,
+        )
+        for tensor in worker.tensor_source.tensors
+    }
+    layout = tensors.pop(LAYOUT, None)
+    if layout is None:
+        raise RendezvousUnavailable(
+            f"ModelExpress source {replica}/{incarnation}/{rank} carries no layout: is the engine's runtime of another version?"
+        )
+    try:
+        layout_bytes = zlib.decompress(base64.b64decode(layout.dtype, validate=True))
+    except (binascii.Error, zlib.error) as error:
+        raise RendezvousUnavailable(
+            f"ModelExpress source {replica}/{incarnation}/{rank}: its layout is damaged ({error}); restart the engine"
+        ) from error
+    return EngineDescriptor(
+        replica=replica,
+        incarnation=incarnation,
+        rank=rank,
+        agent_name=worker.agent_name,
+        metadata=worker.nixl_metadata,
+        tensors=tensors,
+        layout=layout_bytes,
+    )
