@@ -1,7 +1,9 @@
-"""From what trainer ranks hold and what an engine wants to who writes which elements where; pure, and proved to be complete.
+"""From what trainer ranks hold and what an engine wants to who writes which elements where; pure, and proved to be
+complete.
 
-Two ranks that are told the same things, in whatever order, make the same plan. Nothing here imports torch or performs I/O.
-Regions that several ranks hold are shared out longest-first to the least loaded holder, by rank number, never by list order.
+Two ranks that are told the same things, in whatever order, make the same plan. Nothing here imports torch or performs
+I/O. Regions that several ranks hold are shared out longest-first to the least loaded holder, by rank number, never by
+list order.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ class Plan:
         sent = np.bincount(owner, weights=reads.count, minlength=len(ranks)).astype(np.int64)
         item_bytes = _item_bytes(target)
         self.bytes_per_rank = {rank: int(count) * item_bytes for rank, count in zip(ranks, sent, strict=True)}
-        """Payload bytes that each trainer rank writes into one engine rank of this layout; 0 for those that write nothing."""
+        """Payload bytes that each trainer rank writes into one engine rank of this layout; 0 when it writes nothing."""
 
     @property
     def total_bytes(self) -> int:
@@ -136,12 +138,13 @@ def _check_agreement(sources: Sequence[SourceLayout], target: TargetLayout) -> N
             have, want = stated[name], wanted[name]
             if (have.shape, have.dtype) != (want.shape, want.dtype):
                 faults.append(
-                    f"{name}: rank {layout.rank} has {list(have.shape)} {have.dtype}, the engine wants {list(want.shape)} {want.dtype}"
+                    f"{name}: rank {layout.rank} has {list(have.shape)} {have.dtype}, "
+                    f"the engine wants {list(want.shape)} {want.dtype}"
                 )
         for h in layout.holdings:
             if h.name not in stated or not 0 <= h.start <= h.stop <= stated[h.name].numel or h.local_offset < 0:
                 faults.append(
-                    f"{h.name}: rank {layout.rank} says it holds [{h.start}, {h.stop}) of a tensor that has no such elements"
+                    f"{h.name}: rank {layout.rank} claims elements [{h.start}, {h.stop}), which the tensor lacks"
                 )
     if faults:
         raise PlanError(f"{listed(faults)}: trainer and engines must load the same model configuration")
@@ -181,7 +184,7 @@ def _reads(table: CopyTable, regions: _Regions) -> _Reads:
 
 
 def _share_out(regions: _Regions, holders: np.ndarray, reads: _Reads, n_ranks: int) -> _Regions:
-    """Give each region that is read to one of its holders: sole holders first, then longest-first to the least loaded."""
+    """Give each region that is read to one holder: sole holders first, then longest-first to the least loaded."""
     wanted = np.bincount(reads.region, weights=reads.count, minlength=len(regions.start)).astype(np.int64)
     holders = holders[np.lexsort((holders[:, 2], holders[:, 1], holders[:, 0]))]
     distinct = np.ones(len(holders), dtype=bool)
@@ -217,7 +220,8 @@ def _check_held(target: TargetLayout, axis: Axis, regions: _Regions, reads: _Rea
         first, count, others = faults.get(copy.target, (where, 0, 0))
         faults[copy.target] = (first, count + int(reads.count[i]), others + 1)
     told = [
-        f"{name}: {count} elements come from {first}{f' and {others - 1} more ranges' if others > 1 else ''}, which no rank holds"
+        f"{name}: {count} elements come from {first}"
+        f"{f' and {others - 1} more ranges' if others > 1 else ''}, which no rank holds"
         for name, (first, count, others) in sorted(faults.items())
     ]
     raise CoverageError(

@@ -15,8 +15,8 @@ Convert = Callable[[Tensor, Tensor], None]
 def convert_into(out: Tensor, flat: Tensor, *, name: str, target_format: str = "bf16") -> None:
     """Write `flat` ([n], the trainer's dtype) into `out` ([n], dtype of `target_format`, same device).
 
-    bf16 is copied bit by bit, fp32 rounded to nearest even as torch's own cast does. Raises ConversionError naming `name`
-    for a pair that is not registered, for sizes that differ, and for an infinity or NaN in what would be sent.
+    bf16 is copied bit by bit, fp32 rounded to nearest even as torch's own cast does. Raises ConversionError naming
+    `name` for a pair that is not registered, for sizes that differ, and for an infinity or NaN in what would be sent.
     """
     convert = _REGISTRY.get((flat.dtype, target_format))
     if convert is None:

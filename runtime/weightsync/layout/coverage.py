@@ -16,7 +16,8 @@ SHOWN = 5
 
 
 def prove_coverage(layout: TargetLayout, targets: Axis) -> None:
-    """Raise CoverageError naming each target of which an element is written by nobody, or by more than one copy or fill.
+    """Raise CoverageError naming each target of which an element is written by nobody, or by more than one copy or
+    fill.
 
     Raises PlanError for a write outside its target.
     """
@@ -42,7 +43,7 @@ def listed(faults: list[str]) -> str:
 def target_ranges(
     targets: Axis, views: list[tuple[str, int, tuple[int, ...], tuple[int, ...]]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Contiguous ranges [start, stop) on the target axis that views (target, offset, strides, shape) touch, [R] each."""
+    """Ranges [start, stop) of the target axis that views (target, offset, strides, shape) touch, [R] each."""
     starts, counts, runs, outers = [], [], [], []
     for name, offset, strides, shape in views:
         tensor = targets.tensors[targets.index[name]]
@@ -92,8 +93,8 @@ def _missing(targets: Axis, starts: np.ndarray, stops: np.ndarray) -> list[str]:
 
 def _gap(target: Target, start: int, stop: int, count: int) -> str:
     return (
-        f"{target.name} {list(target.shape)}: {count} of {target.numel} elements are written by nobody, first [{start}, {stop}): "
-        "offer the loader the source tensor that it lacks"
+        f"{target.name} {list(target.shape)}: {count} of {target.numel} elements are written by nobody, "
+        f"first [{start}, {stop}): offer the loader the source tensor that it lacks"
     )
 
 
@@ -101,4 +102,7 @@ def _twice(layout: TargetLayout, targets: Axis, position: int) -> str:
     target, element = targets.locate(position)
     origins = sorted({c.source for c in layout.copies if c.target == target.name})
     origins += ["a fill"] * any(f.target == target.name for f in layout.fills)
-    return f"{target.name} {list(target.shape)}: element {element} is written more than once (it gets {', '.join(origins[:SHOWN])}): offer one of them"
+    return (
+        f"{target.name} {list(target.shape)}: element {element} is written more than once "
+        f"(the target gets {', '.join(origins[:SHOWN])}): offer one of them"
+    )

@@ -1,7 +1,7 @@
 """Where a trainer's module differs from its checkpoint: which checkpoint tensors a module's parameter is made of.
 
-A parameter is one contiguous tensor; each of its checkpoint tensors is a contiguous range of its elements. Standard library
-and records only.
+A parameter is one contiguous tensor; each of its checkpoint tensors is a contiguous range of its elements. Standard
+library and records only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Parts = tuple[tuple[str, Shape, int], ...]
 """(checkpoint name, its shape, its first element within the parameter), in that order."""
 
 Family = Callable[[str, Shape], Parts]
-"""Maps a parameter's name and whole shape to the checkpoint tensors in it; none for a parameter that no checkpoint has."""
+"""Maps a parameter's name and whole shape to the checkpoint tensors in it; none if the checkpoint leaves it out."""
 
 _FUSED_EXPERTS = re.compile(r"(?P<prefix>.*\.mlp\.experts)\.(?P<kind>gate_up_proj|down_proj)")
 
@@ -29,7 +29,10 @@ def dense(name: str, shape: Shape) -> Parts:
 
 
 def qwen3_moe(name: str, shape: Shape) -> Parts:
-    """Qwen3-MoE: transformers 5 fuses experts as gate_up_proj [E, 2I, H] and down_proj [E, H, I]; the checkpoint has one tensor an expert."""
+    """Qwen3-MoE: dense but for its experts.
+
+    transformers 5 fuses them as gate_up_proj [E, 2I, H] and down_proj [E, H, I]; a checkpoint has one tensor an expert.
+    """
     found = _FUSED_EXPERTS.fullmatch(name)
     if found is None:
         return dense(name, shape)
@@ -55,7 +58,7 @@ _BY_MODEL_TYPE: Mapping[str, Family] = {"llama": dense, "qwen2": dense, "qwen3":
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """The mapping for a model, from its config.json. Raises UnsupportedLayout naming the model types that are known."""
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     if model_type not in _BY_MODEL_TYPE:
         raise UnsupportedLayout(
             f"model_type {model_type!r} has no mapping; known are {', '.join(sorted(_BY_MODEL_TYPE))}"

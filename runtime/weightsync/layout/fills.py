@@ -16,7 +16,8 @@ Range = tuple[int, int]
 def surviving_fills(fills: Sequence[tuple[Fill, int]], copies: Sequence[Copy], targets: Axis) -> tuple[Fill, ...]:
     """Fills as contiguous ranges, less what later copies and fills overwrite.
 
-    Each fill comes with the number of copies that preceded it. Raises UnsupportedLayout when one erases copied elements.
+    Each fill comes with the number of copies that preceded it. Raises UnsupportedLayout when one erases copied
+    elements.
     """
     result: list[Fill] = []
     for name in sorted({fill.target for fill, _ in fills}):

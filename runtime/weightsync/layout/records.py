@@ -1,4 +1,5 @@
-"""The records that a plan is made of. They travel as JSON between trainer ranks and engines, hold no tensor and no address.
+"""The records that a plan is made of. They travel as JSON between trainer ranks and engines, hold no tensor and no
+address.
 
 Offsets, strides and lengths count elements, never bytes. A tensor is addressed by its row-major linear element index.
 Standard library only.
@@ -55,7 +56,7 @@ class Target:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Holding:
-    """A rank holds elements [start, stop) of checkpoint tensor `name`, from element `local_offset` of its slot arena on."""
+    """A rank holds elements [start, stop) of tensor `name`, from element `local_offset` of its slot arena on."""
 
     name: str
     start: int

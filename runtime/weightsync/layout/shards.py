@@ -1,7 +1,7 @@
 """What a trainer rank holds of each checkpoint tensor, from the DTensor placements of its parameters.
 
-First-cut placements: plain tensors (held by every rank), Replicate, and one Shard(0), alone or beside Replicate (FSDP2, HSDP).
-Imports torch and the records.
+First-cut placements: plain tensors (held by every rank), Replicate, and one Shard(0), alone or beside Replicate
+(FSDP2, HSDP). Imports torch and the records.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def sources_of(
 ) -> LocalSources:
     """Describe this rank's parameters in the checkpoint's names and shapes.
 
-    `dtype` is the checkpoint's, which the pieces are converted to before they are sent. Call it while parameters are sharded
-    (before the first forward). Raises UnsupportedLayout naming the tensor whose placement, strides or shard size are not
-    understood, or the checkpoint name that two parameters claim.
+    `dtype` is the checkpoint's, which the pieces are converted to before they are sent. Call it while parameters are
+    sharded (before the first forward). Raises UnsupportedLayout naming the tensor whose placement, strides or shard
+    size are not understood, or the checkpoint name that two parameters claim.
     """
     tensors: dict[str, SourceTensor] = {}
     pieces: list[LocalPiece] = []
@@ -76,7 +76,7 @@ def sources_of(
         for name, part_shape, part_start in family(parameter_name, shape):
             if name in tensors:
                 raise UnsupportedLayout(
-                    f"{parameter_name} holds checkpoint tensor {name}, and another parameter does too: is it tied? Omit one"
+                    f"{parameter_name} and another parameter both hold {name}: if they are tied, omit one"
                 )
             tensors[name] = SourceTensor(name, part_shape, dtype)
             start, stop = max(held.start, part_start), min(held.stop, part_start + math.prod(part_shape))
@@ -99,7 +99,8 @@ def _held(name: str, parameter: Tensor) -> range:
                 continue
             if type(placement) is not Shard or placement.dim != 0 or sharded_over > 1:
                 raise UnsupportedLayout(
-                    f"{name} has placements {list(parameter.placements)}: one Shard(0), alone or beside Replicate, can be pushed"
+                    f"{name} has placements {list(parameter.placements)}: "
+                    "one Shard(0), alone or beside Replicate, can be pushed"
                 )
             sharded_over = parameter.device_mesh.size(mesh_dim)
             held = _chunk(parameter, sharded_over, None if coordinate is None else coordinate[mesh_dim])
@@ -108,14 +109,14 @@ def _held(name: str, parameter: Tensor) -> range:
     local = _local(parameter)
     if local.numel() != len(held) or not local.is_contiguous():
         raise UnsupportedLayout(
-            f"{name}: this rank has {local.numel()} elements (strides {local.stride()}), want {len(held)} contiguous ones of "
-            f"{list(parameter.shape)} for placements {list(getattr(parameter, 'placements', ['plain']))}"
+            f"{name}: this rank has {local.numel()} elements (strides {local.stride()}), want {len(held)} contiguous "
+            f"ones of {list(parameter.shape)} for placements {list(getattr(parameter, 'placements', ['plain']))}"
         )
     return held
 
 
 def _chunk(parameter: Tensor, n_chunks: int, coordinate: int | None) -> range:
-    """The part that torch.chunk along dim 0 gives to a coordinate: ceil(rows / n) rows each, the last ones fewer or none."""
+    """What torch.chunk along dim 0 gives to a coordinate: ceil(rows / n) rows each, the last ones fewer or none."""
     if coordinate is None:
         return range(0)
     rows = parameter.shape[0]

@@ -13,8 +13,8 @@ Outer = tuple[tuple[int, ...], ...]
 def canonical(shape: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[Outer, int]:
     """Merge the dims of views of one shape as far as all of them allow.
 
-    Returns (outer, run): `outer` lists (count, stride in each view) with strides of the first view descending, `run` is the
-    number of elements that are neighbours in every view. A shape without elements gives a run of 0.
+    Returns (outer, run): `outer` lists (count, stride in each view) with strides of the first view descending, `run`
+    is the number of elements that are neighbours in every view. A shape without elements gives a run of 0.
     """
     if 0 in shape:
         return (), 0

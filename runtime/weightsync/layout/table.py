@@ -1,7 +1,7 @@
 """The loader's copies as numpy columns, so that a plan of tens of thousands of tensors is arithmetic on arrays.
 
-All source tensors lie one behind the other on one axis (the source axis, in the order of sorted names): a position on it is a
-source element. Imports numpy and the records.
+All source tensors lie one behind the other on one axis (the source axis, in the order of sorted names): a position on
+it is a source element. Imports numpy and the records.
 """
 
 from __future__ import annotations
@@ -139,6 +139,7 @@ def _source_form(copy: Copy, sources: Axis, targets: Axis) -> tuple[tuple[tuple[
     moving = tuple(dim for dim in outer if dim[1] > 0)
     if not is_nested(moving, run):
         raise UnsupportedLayout(
-            f"{copy.target}: the loader reads overlapping windows of {copy.source} (shape {copy.shape}, strides {copy.source_strides})"
+            f"{copy.target}: the loader reads overlapping windows of {copy.source} "
+            f"(shape {copy.shape}, strides {copy.source_strides})"
         )
     return outer, run

@@ -1,7 +1,9 @@
-"""Learns what an engine wants by watching its own loader: meta tensors in, every `copy_` into a parameter noted, none performed.
+"""Learns what an engine wants by watching its own loader: meta tensors in, every `copy_` into a parameter noted, none
+performed.
 
-A view of a meta tensor keeps its storage, offset and strides, so any chain of narrow, chunk, view and transpose is understood
-without a list of operations. What cannot be expressed as a copy is refused by name. Imports torch and the records, not vLLM.
+A view of a meta tensor keeps its storage, offset and strides, so any chain of narrow, chunk, view and transpose is
+understood without a list of operations. What cannot be expressed as a copy is refused by name. Imports torch and the
+records, not vLLM.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ def trace_loader(
 ) -> TargetLayout:
     """Run `load` on meta tensors of `sources` and note where each of their elements goes in `params`.
 
-    `params` may be live: nothing is written to them. Raises UnsupportedLayout naming the tensor when the loader does what
-    cannot be noted, and CoverageError when an element of a parameter gets no value, or two.
+    `params` may be live: nothing is written to them. Raises UnsupportedLayout naming the tensor when the loader does
+    what cannot be noted, and CoverageError when an element of a parameter gets no value, or two.
     """
     recorder = _Recorder(params, sources)
     try:
@@ -45,7 +47,8 @@ def trace_loader(
         raise
     except Exception as error:
         raise UnsupportedLayout(
-            f"the loader failed on a tensor without data, {recorder.offered or 'before it took any'}: {type(error).__name__}: {error}"
+            f"the loader failed on a tensor without data, {recorder.offered or 'before it took any'}: "
+            f"{type(error).__name__}: {error}"
         ) from error
     recorder.check_storage(params)
     return recorder.layout(dict(meta or {}))
@@ -70,7 +73,8 @@ class _Parameters:
     def _add(self, name: str, param: Tensor) -> None:
         if not param.is_contiguous():
             raise UnsupportedLayout(
-                f"parameter {name} {list(param.shape)} is not contiguous (strides {param.stride()}): its kernel does not keep the load format"
+                f"parameter {name} {list(param.shape)} is not contiguous (strides {param.stride()}): "
+                "its kernel does not keep the load format"
             )
         if param.numel() == 0:
             return
@@ -95,7 +99,7 @@ class _Parameters:
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes `copy_`, `fill_` and `zero_` on parameters instead of performing them; refuses every other change of one."""
+    """Notes `copy_`, `fill_` and `zero_` on parameters and performs none; refuses every other change of one."""
 
     def __init__(self, params: Mapping[str, Tensor], sources: Sequence[SourceTensor]) -> None:
         super().__init__()
@@ -121,7 +125,8 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         if func is _aten.copy_.default and self._note_copy(args[0], args[1]):
             return args[0]
-        if func in (_aten.fill_.Scalar, _aten.zero_.default) and (found := self.parameters.find(args[0])) is not None:
+        filling = func in (_aten.fill_.Scalar, _aten.zero_.default)
+        if filling and (found := self.parameters.find(args[0])) is not None:
             self._note_fill(args[0], found, args[1] if len(args) > 1 else 0)
             return args[0]
         self._refuse_other_changes(func, args, kwargs or {})
@@ -134,17 +139,20 @@ class _Recorder(TorchDispatchMode):
             return False
         if found is None:
             raise UnsupportedLayout(
-                f"{source} is copied into a tensor {list(into.shape)} that is no parameter (a buffer or a scratch tensor): it cannot be written remotely"
+                f"{source} is copied into a tensor {list(into.shape)} that is no parameter (a buffer or a scratch "
+                "tensor): it cannot be written remotely"
             )
         name, offset = found
         if source is None:
             origin = "computed from other tensors" if view.device.type == "meta" else "with data of its own"
             raise UnsupportedLayout(
-                f"parameter {name} is copied from a {view.dtype} tensor {list(view.shape)} {origin}, not from a view of a source"
+                f"parameter {name} is copied from a {view.dtype} tensor {list(view.shape)} {origin}, "
+                "not from a view of a source"
             )
         if into.dtype != view.dtype:
             raise UnsupportedLayout(
-                f"parameter {name} is {into.dtype}, but {source} is offered as {view.dtype}: a push does not change the dtype"
+                f"parameter {name} is {into.dtype}, but {source} is offered as {view.dtype}: "
+                "a push does not change the dtype"
             )
         view = view.expand(into.shape)
         if into.numel():
@@ -166,11 +174,12 @@ class _Recorder(TorchDispatchMode):
                 continue
             if (found := self.parameters.find(value)) is not None:
                 raise UnsupportedLayout(
-                    f"the loader changes parameter {found[0]} with {func} (at source {self.offered}): only copy_, fill_ and zero_ can be noted"
+                    f"the loader changes parameter {found[0]} with {func} (at source {self.offered}): "
+                    "only copy_, fill_ and zero_ can be noted"
                 )
             if (source := self._source_of.get(_storage(value))) is not None:
                 raise UnsupportedLayout(
-                    f"the loader changes source {source} in place with {func}: the trainer's values would not be changed"
+                    f"the loader changes source {source} in place with {func}: the trainer's values would stay"
                 )
 
     def check_storage(self, params: Mapping[str, Tensor]) -> None:
