@@ -1,5 +1,4 @@
-"""From what trainer ranks hold and what an engine wants to who writes which elements where; pure, and proved to be
-complete.
+"""From what trainer ranks hold and what an engine wants to who writes which elements where, proved to be complete.
 
 Two ranks that are told the same things, in whatever order, make the same plan. Nothing here imports torch or performs
 I/O. Regions that several ranks hold are shared out longest-first to the least loaded holder, by rank number, never by
@@ -17,7 +16,7 @@ import numpy as np
 
 from weightsync.errors import CoverageError, PlanError
 from weightsync.layout.coverage import listed, prove_coverage
-from weightsync.layout.records import ITEM_BYTES, SourceLayout, TargetLayout
+from weightsync.layout.records import ITEM_BYTES, SourceLayout, SourceTensor, TargetLayout
 from weightsync.layout.strides import spread
 from weightsync.layout.table import Axis, CopyTable, copy_table
 
@@ -38,6 +37,15 @@ class _Regions:
     """[A] index among the sorted ranks; -1 where nobody holds it."""
     slot: np.ndarray
     """[A] where the owner's arena has the region's first element."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reads:
+    """Which copy reads how many elements of which region, [P] each; only pairs that read something."""
+
+    copy: np.ndarray
+    region: np.ndarray
+    count: np.ndarray
 
 
 class Plan:
@@ -83,15 +91,6 @@ class Plan:
         item, source, target, element, length = self._table.runs_within(self._reads.copy[mine], start, stop)
         slot = self._regions.slot[region][item] + (source - start[item])
         return _merged(slot, target, element, length)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reads:
-    """Which copy reads how many elements of which region, [P] each; only pairs that read something."""
-
-    copy: np.ndarray
-    region: np.ndarray
-    count: np.ndarray
 
 
 def make_plan(sources: Sequence[SourceLayout], target: TargetLayout, *, region_bytes: int = REGION_BYTES) -> Plan:
@@ -150,7 +149,9 @@ def _check_agreement(sources: Sequence[SourceLayout], target: TargetLayout) -> N
         raise PlanError(f"{listed(faults)}: trainer and engines must load the same model configuration")
 
 
-def _cut(sources: Sequence[SourceLayout], axis: Axis, region_elements: int) -> tuple[_Regions, np.ndarray]:
+def _cut(
+    sources: Sequence[SourceLayout], axis: Axis[SourceTensor], region_elements: int
+) -> tuple[_Regions, np.ndarray]:
     """Cut the source axis wherever a holding or a tensor begins or ends, and every `region_elements`.
 
     Returns regions that are still nobody's, and [H, 3] rows (region, rank index, slot): who could send it.
@@ -192,9 +193,8 @@ def _share_out(regions: _Regions, holders: np.ndarray, reads: _Reads, n_ranks: i
     holders = holders[distinct & (wanted[holders[:, 0]] > 0)]
     choices = np.bincount(holders[:, 0], minlength=len(regions.start))
     chosen = choices[holders[:, 0]] == 1
-    load = (
-        np.bincount(holders[chosen, 1], weights=wanted[holders[chosen, 0]], minlength=n_ranks).astype(np.int64).tolist()
-    )
+    alone = np.bincount(holders[chosen, 1], weights=wanted[holders[chosen, 0]], minlength=n_ranks)
+    load = alone.astype(np.int64).tolist()
     first = np.searchsorted(holders[:, 0], np.arange(len(choices)))
     shared = np.flatnonzero(choices > 1)
     for region in shared[np.lexsort((shared, -wanted[shared]))].tolist():
@@ -208,7 +208,7 @@ def _share_out(regions: _Regions, holders: np.ndarray, reads: _Reads, n_ranks: i
     return dataclasses.replace(regions, owner=owner, slot=slot)
 
 
-def _check_held(target: TargetLayout, axis: Axis, regions: _Regions, reads: _Reads, n_ranks: int) -> None:
+def _check_held(target: TargetLayout, axis: Axis[SourceTensor], regions: _Regions, reads: _Reads, n_ranks: int) -> None:
     lost = np.flatnonzero(regions.owner[reads.region] < 0)
     if not len(lost):
         return

@@ -47,13 +47,14 @@ def digest_writes(arena: Tensor, writes: np.ndarray, names: Sequence[str]) -> di
     `names` are the plan's targets. Targets that get nothing are absent.
     """
     totals: dict[str, int] = {}
-    for index in np.unique(writes["target_index"]).tolist():
+    for index in np.unique(writes["target_index"]):
+        name = names[int(index)]
         mine = writes[writes["target_index"] == index]
         long = mine["length"] >= _SHORT_RUN
-        total = _digest_short(arena, mine[~long], names[index])
+        total = _digest_short(arena, mine[~long], name)
         for slot, _, offset, length in mine[long].tolist():
-            total += digest_range(names[index], offset, arena[slot : slot + length])
-        totals[names[index]] = total & _MASK
+            total += digest_range(name, offset, arena[slot : slot + length])
+        totals[name] = total & _MASK
     return totals
 
 

@@ -15,7 +15,7 @@ SHOWN = 5
 """Faults that a message spells out; the rest are counted."""
 
 
-def prove_coverage(layout: TargetLayout, targets: Axis) -> None:
+def prove_coverage(layout: TargetLayout, targets: Axis[Target]) -> None:
     """Raise CoverageError naming each target of which an element is written by nobody, or by more than one copy or
     fill.
 
@@ -41,7 +41,7 @@ def listed(faults: list[str]) -> str:
 
 
 def target_ranges(
-    targets: Axis, views: list[tuple[str, int, tuple[int, ...], tuple[int, ...]]]
+    targets: Axis[Target], views: list[tuple[str, int, tuple[int, ...], tuple[int, ...]]]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ranges [start, stop) of the target axis that views (target, offset, strides, shape) touch, [R] each."""
     starts, counts, runs, outers = [], [], [], []
@@ -66,7 +66,7 @@ def target_ranges(
     return start[stop > start], stop[stop > start]
 
 
-def _written(layout: TargetLayout, targets: Axis) -> tuple[np.ndarray, np.ndarray]:
+def _written(layout: TargetLayout, targets: Axis[Target]) -> tuple[np.ndarray, np.ndarray]:
     views = [(c.target, c.target_offset, c.target_strides, c.shape) for c in layout.copies]
     views += [(f.target, f.offset, f.strides, f.shape) for f in layout.fills]
     unknown = sorted({name for name, *_ in views} - targets.index.keys())
@@ -77,7 +77,7 @@ def _written(layout: TargetLayout, targets: Axis) -> tuple[np.ndarray, np.ndarra
     return target_ranges(targets, views)
 
 
-def _missing(targets: Axis, starts: np.ndarray, stops: np.ndarray) -> list[str]:
+def _missing(targets: Axis[Target], starts: np.ndarray, stops: np.ndarray) -> list[str]:
     """One fault a target, for gaps [start, stop) on the target axis; a gap may span several targets."""
     lost: dict[int, tuple[int, int, int]] = {}
     for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
@@ -98,7 +98,7 @@ def _gap(target: Target, start: int, stop: int, count: int) -> str:
     )
 
 
-def _twice(layout: TargetLayout, targets: Axis, position: int) -> str:
+def _twice(layout: TargetLayout, targets: Axis[Target], position: int) -> str:
     target, element = targets.locate(position)
     origins = sorted({c.source for c in layout.copies if c.target == target.name})
     origins += ["a fill"] * any(f.target == target.name for f in layout.fills)

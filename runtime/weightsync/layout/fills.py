@@ -7,13 +7,15 @@ from collections.abc import Iterator, Sequence
 
 from weightsync.errors import UnsupportedLayout
 from weightsync.layout.coverage import target_ranges
-from weightsync.layout.records import Copy, Fill
+from weightsync.layout.records import Copy, Fill, Target
 from weightsync.layout.table import Axis
 
 Range = tuple[int, int]
 
 
-def surviving_fills(fills: Sequence[tuple[Fill, int]], copies: Sequence[Copy], targets: Axis) -> tuple[Fill, ...]:
+def surviving_fills(
+    fills: Sequence[tuple[Fill, int]], copies: Sequence[Copy], targets: Axis[Target]
+) -> tuple[Fill, ...]:
     """Fills as contiguous ranges, less what later copies and fills overwrite.
 
     Each fill comes with the number of copies that preceded it. Raises UnsupportedLayout when one erases copied
@@ -35,15 +37,15 @@ def surviving_fills(fills: Sequence[tuple[Fill, int]], copies: Sequence[Copy], t
     return tuple(result)
 
 
-def _copied(targets: Axis, copy: Copy) -> Iterator[Range]:
+def _copied(targets: Axis[Target], copy: Copy) -> Iterator[Range]:
     return _ranges(targets, (copy.target, copy.target_offset, copy.target_strides, copy.shape))
 
 
-def _filled(targets: Axis, fill: Fill) -> list[Range]:
+def _filled(targets: Axis[Target], fill: Fill) -> list[Range]:
     return _union(_ranges(targets, (fill.target, fill.offset, fill.strides, fill.shape)))
 
 
-def _ranges(targets: Axis, view: tuple[str, int, tuple[int, ...], tuple[int, ...]]) -> Iterator[Range]:
+def _ranges(targets: Axis[Target], view: tuple[str, int, tuple[int, ...], tuple[int, ...]]) -> Iterator[Range]:
     start, stop = target_ranges(targets, [view])
     return zip(start.tolist(), stop.tolist(), strict=True)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -17,10 +18,13 @@ from weightsync.layout.records import Copy, SourceTensor, Target, TargetLayout
 from weightsync.layout.strides import canonical, extent, is_nested, spread
 
 
-class Axis:
+T = TypeVar("T", SourceTensor, Target)
+
+
+class Axis(Generic[T]):
     """Tensors laid one behind the other, sorted by name."""
 
-    def __init__(self, tensors: Sequence[SourceTensor] | Sequence[Target]) -> None:
+    def __init__(self, tensors: Sequence[T]) -> None:
         self.tensors = sorted(tensors, key=lambda tensor: tensor.name)
         self.index = {tensor.name: i for i, tensor in enumerate(self.tensors)}
         if len(self.index) != len(self.tensors):
@@ -29,7 +33,7 @@ class Axis:
         self.bounds = np.cumsum([0, *(tensor.numel for tensor in self.tensors)], dtype=np.int64)
         """[len(tensors) + 1]: tensor i takes positions [bounds[i], bounds[i + 1])."""
 
-    def locate(self, position: int) -> tuple[SourceTensor | Target, int]:
+    def locate(self, position: int) -> tuple[T, int]:
         """The tensor at a position and the element's index in it."""
         i = int(np.searchsorted(self.bounds, position, side="right")) - 1
         return self.tensors[i], position - int(self.bounds[i])
@@ -100,7 +104,7 @@ class CopyTable:
         return item, low, self.target[rows[item]], target + (low - source), high - low
 
 
-def copy_table(layout: TargetLayout, sources: Axis, targets: Axis) -> CopyTable:
+def copy_table(layout: TargetLayout, sources: Axis[SourceTensor], targets: Axis[Target]) -> CopyTable:
     """Put the copies of a layout in columns.
 
     Raises PlanError for a copy that leaves its tensors, UnsupportedLayout for one that reads overlapping windows.
@@ -122,16 +126,16 @@ def copy_table(layout: TargetLayout, sources: Axis, targets: Axis) -> CopyTable:
     )
 
 
-def _source_form(copy: Copy, sources: Axis, targets: Axis) -> tuple[tuple[tuple[int, ...], ...], int]:
+def _source_form(
+    copy: Copy, sources: Axis[SourceTensor], targets: Axis[Target]
+) -> tuple[tuple[tuple[int, ...], ...], int]:
     if copy.source not in sources.index or copy.target not in targets.index:
         raise PlanError(f"copy from {copy.source} to {copy.target}: its layout does not list both tensors")
+    source, target = sources.tensors[sources.index[copy.source]], targets.tensors[targets.index[copy.target]]
+    if source.dtype != target.dtype:
+        raise PlanError(f"{target.name} is {target.dtype}, but {source.name} is {source.dtype}: writes convert nothing")
     outer, run = canonical(copy.shape, copy.source_strides, copy.target_strides)
-    for view, (tensor, offset) in enumerate(
-        (
-            (sources.tensors[sources.index[copy.source]], copy.source_offset),
-            (targets.tensors[targets.index[copy.target]], copy.target_offset),
-        )
-    ):
+    for view, (tensor, offset) in enumerate(((source, copy.source_offset), (target, copy.target_offset))):
         if offset < 0 or offset + extent(outer, run, view) > tensor.numel:
             raise PlanError(
                 f"copy from {copy.source} to {copy.target} touches elements beyond the {tensor.numel} of {tensor.name}"

@@ -79,10 +79,10 @@ class _Parameters:
         if param.numel() == 0:
             return
         spans = self.by_storage.setdefault(_storage(param), [])
-        span = (param.storage_offset(), param.storage_offset() + param.numel())
-        tied = next((other for *known, other in spans if tuple(known) == span), None)
-        if tied is None:
-            spans.append((*span, name))
+        start = int(param.storage_offset())
+        stop = start + param.numel()
+        if not any((start, stop) == known[:2] for known in spans):
+            spans.append((start, stop, name))
             self.targets[name] = Target(name, tuple(param.shape), _dtype(param))
 
     def find(self, view: Tensor) -> tuple[str, int] | None:
@@ -90,12 +90,9 @@ class _Parameters:
         spans = self.by_storage.get(_storage(view))
         if spans is None:
             return None
-        start, stop, name = spans[
-            max(0, bisect.bisect_right(spans, view.storage_offset(), key=lambda span: span[0]) - 1)
-        ]
-        if not start <= view.storage_offset() < stop:
-            return None
-        return name, view.storage_offset() - start
+        at = int(view.storage_offset())
+        start, stop, name = spans[max(0, bisect.bisect_right(spans, at, key=lambda span: span[0]) - 1)]
+        return (name, at - start) if start <= at < stop else None
 
 
 class _Recorder(TorchDispatchMode):
@@ -127,8 +124,9 @@ class _Recorder(TorchDispatchMode):
             return args[0]
         filling = func in (_aten.fill_.Scalar, _aten.zero_.default)
         if filling and (found := self.parameters.find(args[0])) is not None:
-            self._note_fill(args[0], found, args[1] if len(args) > 1 else 0)
-            return args[0]
+            view, *value = args
+            self._note_fill(view, found, *(value or (0,)))
+            return view
         self._refuse_other_changes(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
@@ -157,7 +155,7 @@ class _Recorder(TorchDispatchMode):
         view = view.expand(into.shape)
         if into.numel():
             self.copies.append(
-                Copy(source, view.storage_offset(), view.stride(), name, offset, into.stride(), tuple(into.shape))
+                Copy(source, int(view.storage_offset()), view.stride(), name, offset, into.stride(), tuple(into.shape))
             )
         return True
 
