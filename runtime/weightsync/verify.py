@@ -17,9 +17,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from weightsync.errors import ConversionError
-from weightsync.layout.coverage import target_ranges
-from weightsync.layout.records import ITEM_BYTES, Fill, Target
-from weightsync.layout.table import Axis
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,20 +52,6 @@ def digest_writes(arena: Tensor, writes: np.ndarray, names: Sequence[str]) -> di
         for slot, _, offset, length in mine[long].tolist():
             total += digest_range(name, offset, arena[slot : slot + length])
         totals[name] = total & _MASK
-    return totals
-
-
-def digest_fills(targets: Sequence[Target], fills: Sequence[Fill]) -> dict[str, int]:
-    """Partial digests, by target, of the elements that no write brings: padding, as the engine's loader set it."""
-    axis = Axis(targets)
-    totals: dict[str, int] = {}
-    for fill in fills:
-        base = int(axis.bounds[axis.index[fill.target]])
-        item = np.uint16 if ITEM_BYTES[axis.tensors[axis.index[fill.target]].dtype] == 2 else np.uint32
-        ranges = target_ranges(axis, [(fill.target, fill.offset, fill.strides, fill.shape)])
-        for start, stop in zip(*(column.tolist() for column in ranges), strict=True):
-            filled = np.full(stop - start, fill.value_bits, dtype=item)
-            totals[fill.target] = (totals.get(fill.target, 0) + _digest(fill.target, start - base, filled)) & _MASK
     return totals
 
 

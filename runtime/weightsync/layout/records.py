@@ -83,7 +83,10 @@ class Copy:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fill:
-    """Elements of a target that no source touches and the loader set to one value (vocabulary padding)."""
+    """Elements of a target that no source touches and the loader set to one value (vocabulary padding).
+
+    A trace records contiguous ranges only: strides (1,) and shape (length,).
+    """
 
     target: str
     offset: int

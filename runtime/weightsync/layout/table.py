@@ -17,7 +17,6 @@ from weightsync.errors import PlanError, UnsupportedLayout
 from weightsync.layout.records import Copy, SourceTensor, Target, TargetLayout
 from weightsync.layout.strides import canonical, extent, is_nested, spread
 
-
 T = TypeVar("T", SourceTensor, Target)
 
 

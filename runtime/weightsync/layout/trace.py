@@ -131,7 +131,9 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _note_copy(self, into: Tensor, view: Tensor) -> bool:
-        """True when the copy was noted; False when it touches neither a source nor a parameter."""
+        """True when there is nothing left to do; False when it touches neither a source nor a parameter."""
+        if into.numel() == 0:
+            return True
         source, found = self._source_of.get(_storage(view)), self.parameters.find(into)
         if source is None and found is None:
             return False
@@ -147,16 +149,16 @@ class _Recorder(TorchDispatchMode):
                 f"parameter {name} is copied from a {view.dtype} tensor {list(view.shape)} {origin}, "
                 "not from a view of a source"
             )
-        if into.dtype != view.dtype:
+        want, have = self.parameters.targets[name].dtype, self.sources[source].dtype
+        if not want == have == _dtype(into) == _dtype(view):
             raise UnsupportedLayout(
-                f"parameter {name} is {into.dtype}, but {source} is offered as {view.dtype}: "
-                "a push does not change the dtype"
+                f"parameter {name} is {want} (copied as {_dtype(into)}), but {source} is offered as {have} "
+                f"(copied as {_dtype(view)}): a push does not change the dtype"
             )
         view = view.expand(into.shape)
-        if into.numel():
-            self.copies.append(
-                Copy(source, int(view.storage_offset()), view.stride(), name, offset, into.stride(), tuple(into.shape))
-            )
+        self.copies.append(
+            Copy(source, int(view.storage_offset()), view.stride(), name, offset, into.stride(), tuple(into.shape))
+        )
         return True
 
     def _note_fill(self, view: Tensor, found: tuple[str, int], value: Any) -> None:
