@@ -1,0 +1,216 @@
+"""The conditions of a WeightSync: one function a condition, each of the same facts. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from weightsync.wire import Decision, PushSummary
+from weightsync_operator.api.names import Component, Condition, Reason, TrainerState
+from weightsync_operator.api.status import ConditionStatus, TrainerStatus
+from weightsync_operator.plan.admit import Admission
+from weightsync_operator.plan.fleet import Fleet, named
+from weightsync_operator.plan.observed import Seen, timestamp
+from weightsync_operator.plan.rollout import Rollout
+
+_HELPERS = frozenset({"self", "cuda_copy", "cuda_ipc"})
+"""Transports that stage bytes on the way to the wire and may stand beside any fabric."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What conditions are made of."""
+
+    seen: Seen
+    admission: Admission
+    in_force: bool
+    """False until the first spec was admitted."""
+    gang: TrainerStatus
+    fleet: Fleet
+    rollout: Rollout
+    suspend: bool
+    transports: tuple[str, ...]
+    update_pending: bool
+
+    @property
+    def last_push(self) -> PushSummary | None:
+        return None if self.seen.ledger is None else self.seen.ledger.last_push
+
+    @property
+    def aborted_push(self) -> PushSummary | None:
+        push = self.last_push
+        return push if push is not None and push.outcome == Decision.ABORT else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Status, reason and message of one condition. `status` None is Unknown."""
+
+    status: bool | None
+    reason: Reason
+    message: str = ""
+
+
+def conditions(facts: Facts, before: Iterable[ConditionStatus], generation: int) -> tuple[ConditionStatus, ...]:
+    """All conditions; times move only where the status does, and conditions of others are kept."""
+    known = {condition.type: condition for condition in before}
+    verdicts = {
+        Condition.SPEC_VALID: _spec_valid(facts),
+        Condition.AVAILABLE: _available(facts),
+        Condition.PROGRESSING: _progressing(facts),
+        Condition.DEGRADED: _degraded(facts),
+        Condition.SYNCED: _synced(facts),
+        Condition.TRANSPORT_VERIFIED: _transport_verified(facts),
+        Condition.LEDGER_REACHABLE: _ledger_reachable(facts),
+        Condition.UPDATE_PENDING: _update_pending(facts),
+        Condition.SUSPENDED: _suspended(facts),
+        Condition.COMPLETE: _complete(facts),
+        Condition.FAILED: _failed(facts),
+    }
+    ours = tuple(_dated(type_, v, known.get(type_), generation, facts.seen.now) for type_, v in verdicts.items())
+    return (*ours, *(condition for type_, condition in known.items() if type_ not in verdicts))
+
+
+def _dated(type_: str, verdict: Verdict, before: ConditionStatus | None, generation: int, now: float) -> ConditionStatus:
+    status = "Unknown" if verdict.status is None else str(verdict.status)
+    unchanged = before is not None and before.status == status
+    return ConditionStatus(
+        type=type_,
+        status=status,
+        observed_generation=generation,
+        last_transition_time=before.last_transition_time if before is not None and unchanged else timestamp(now),
+        reason=verdict.reason.value,
+        message=verdict.message[:1024],
+    )
+
+
+def _spec_valid(facts: Facts) -> Verdict:
+    admission = facts.admission
+    if admission.admitted:
+        return Verdict(True, Reason.VALID)
+    return Verdict(False if admission.settled else None, admission.reason, admission.message)
+
+
+def _available(facts: Facts) -> Verdict:
+    fleet = facts.fleet
+    if fleet.ready > 0:
+        return Verdict(True, Reason.ENGINES_READY, f"{fleet.ready} of {fleet.wanted} engines ready")
+    if facts.suspend:
+        return Verdict(False, Reason.SUSPENDED)
+    return Verdict(False, Reason.NO_ENGINE_READY, f"0 of {fleet.wanted} engines ready")
+
+
+def _progressing(facts: Facts) -> Verdict:
+    fleet, gang, rollout = facts.fleet, facts.gang, facts.rollout
+    if not facts.admission.settled:
+        return Verdict(True, Reason.STARTING, facts.admission.message)
+    if not facts.in_force:
+        return Verdict(False, facts.admission.reason, "nothing is made before the spec is valid")
+    if rollout.blocked is not None:
+        return Verdict(True, rollout.blocked, f"no trainer runs that could bring successors up to date of {named(rollout.outdated)}")
+    if rollout.outdated:
+        return Verdict(True, Reason.ROLLING_OUT, f"still to be replaced: {named(rollout.outdated)}")
+    if gang.state in (TrainerState.WAITING, TrainerState.STARTING, TrainerState.STOPPING):
+        reason = Reason.TRAINER_RESTARTING if gang.restarts else Reason.STARTING
+        return Verdict(True, reason, f"trainer is {gang.state.value}: {gang.reason}" if gang.reason else f"trainer is {gang.state.value}")
+    if fleet.ready < fleet.wanted:
+        return Verdict(True, Reason.STARTING, f"{fleet.ready} of {fleet.wanted} engines ready")
+    return Verdict(False, Reason.STABLE)
+
+
+def _degraded(facts: Facts) -> Verdict:
+    seen, gang, dirty = facts.seen, facts.gang, facts.fleet.dirty
+    if seen.taken:
+        taken = tuple(f"{kind} {name}" for kind, name in sorted(seen.taken))
+        return Verdict(True, Reason.NAME_TAKEN, f"belongs to somebody else and is left alone: {named(taken)}")
+    if seen.refused:
+        return Verdict(True, Reason.APPLY_REFUSED, seen.refused)
+    if gang.state is TrainerState.FAILED:
+        return Verdict(True, Reason.RESTART_BUDGET_SPENT, gang.reason)
+    if dirty:
+        return Verdict(True, Reason.ENGINES_DIRTY, f"hold torn weights and serve nothing until the next push: {named(dirty)}")
+    if facts.aborted_push is not None:
+        return Verdict(True, Reason.PUSH_ABORTED, _abort_message(facts.aborted_push))
+    if gang.restarts and gang.state is not TrainerState.RUNNING and gang.state is not TrainerState.COMPLETE:
+        return Verdict(True, Reason.TRAINER_RESTARTING, gang.reason)
+    return Verdict(False, Reason.HEALTHY)
+
+
+def _synced(facts: Facts) -> Verdict:
+    fleet, ledger = facts.fleet, facts.seen.ledger
+    if facts.suspend:
+        return Verdict(None, Reason.SUSPENDED)
+    if not facts.in_force:
+        return Verdict(None, Reason.NOT_STARTED)
+    if ledger is None:
+        return Verdict(None, Reason.NOT_READ_YET, "the ledger was not read yet")
+    if ledger.error:
+        return Verdict(None, Reason.UNREACHABLE, "the ledger cannot be read; engines go on with what they hold")
+    if facts.aborted_push is not None:
+        return Verdict(False, Reason.PUSH_ABORTED, _abort_message(facts.aborted_push))
+    if not fleet.laggards:
+        return Verdict(True, Reason.IN_SYNC, f"{len(fleet.replicas)} engines hold version {fleet.committed}")
+    behind = len(fleet.replicas) - fleet.numbers().current + max(0, fleet.wanted - len(fleet.replicas))
+    message = f"{behind} of {fleet.wanted} engines do not hold version {fleet.committed}: {named(fleet.laggards)}"
+    if facts.gang.state in (TrainerState.COMPLETE, TrainerState.FAILED) and fleet.committed > 0:
+        return Verdict(False, Reason.NO_SOURCE, f"{message}; the trainer is {facts.gang.state.value} and no one else has it")
+    return Verdict(False, Reason.BEHIND, message)
+
+
+def _abort_message(push: PushSummary) -> str:
+    return f"version {push.version} (epoch {push.epoch}) was aborted: {push.reason or 'no reason given'}"
+
+
+def _transport_verified(facts: Facts) -> Verdict:
+    push = facts.last_push
+    if push is None or not push.transports:
+        return Verdict(None, Reason.NO_PUSH_YET, f"expected: {', '.join(facts.transports)}")
+    used = set(push.transports) - _HELPERS
+    unexpected = sorted(used - set(facts.transports))
+    if unexpected or not used:
+        message = f"used {', '.join(sorted(push.transports))}, expected {', '.join(facts.transports)}"
+        return Verdict(False, Reason.UNEXPECTED_TRANSPORT, message)
+    return Verdict(True, Reason.EXPECTED_TRANSPORT, f"used {', '.join(sorted(used))}")
+
+
+def _ledger_reachable(facts: Facts) -> Verdict:
+    ledger = facts.seen.ledger
+    if ledger is None:
+        return Verdict(None, Reason.NOT_READ_YET)
+    if ledger.error:
+        return Verdict(False, Reason.UNREACHABLE, ledger.error)
+    return Verdict(True, Reason.REACHABLE)
+
+
+def _update_pending(facts: Facts) -> Verdict:
+    if facts.update_pending:
+        message = "this operator renders the children differently; that waits for the next change of the spec"
+        return Verdict(True, Reason.OPERATOR_CHANGED, message)
+    return Verdict(False, Reason.UP_TO_DATE)
+
+
+def _suspended(facts: Facts) -> Verdict:
+    if not facts.suspend:
+        return Verdict(False, Reason.RUNNING)
+    trainer, engines = (facts.seen.of_kind("Pod", role) for role in (Component.TRAINER, Component.INFERENCE))
+    unfinished = [pod for pod in trainer if pod.get("status", {}).get("phase") not in ("Succeeded", "Failed")]
+    left = tuple(pod["metadata"]["name"] for pod in [*unfinished, *engines])
+    if left:
+        return Verdict(False, Reason.SUSPENDING, f"waits for {named(left)} to end")
+    return Verdict(True, Reason.SUSPENDED, "no trainer, no engine; set spec.suspend to false to go on")
+
+
+def _complete(facts: Facts) -> Verdict:
+    if facts.gang.state is TrainerState.COMPLETE:
+        return Verdict(True, Reason.TRAINER_SUCCEEDED, f"epoch {facts.gang.epoch} ended with success")
+    return Verdict(False, _unfinished(facts))
+
+
+def _failed(facts: Facts) -> Verdict:
+    if facts.gang.state is TrainerState.FAILED:
+        return Verdict(True, Reason.RESTART_BUDGET_SPENT, facts.gang.reason)
+    return Verdict(False, _unfinished(facts))
+
+
+def _unfinished(facts: Facts) -> Reason:
+    return Reason.RUNNING if facts.gang.state is TrainerState.RUNNING else Reason.NOT_STARTED

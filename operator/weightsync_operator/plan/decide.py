@@ -1,0 +1,221 @@
+"""The one decision: from what is wanted and what was seen to actions, status and the time of the next look. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from weightsync.wire import PushSummary
+from weightsync_operator.api.names import Component, Reason, TrainerState
+from weightsync_operator.api.status import FabricStatus, LastPush, TrainerStatus, VersionStatus, WeightSyncStatus
+from weightsync_operator.plan import prune
+from weightsync_operator.plan.actions import Action, Apply
+from weightsync_operator.plan.admit import Admission, step_admission
+from weightsync_operator.plan.build.context import Context, Manifest, selector_labels
+from weightsync_operator.plan.conditions import Facts, conditions
+from weightsync_operator.plan.drift import needs_apply
+from weightsync_operator.plan.errors import SpecError
+from weightsync_operator.plan.fabric import PROFILES
+from weightsync_operator.plan.fleet import observe_fleet
+from weightsync_operator.plan.gang import GangStep, GangWish, step_gang
+from weightsync_operator.plan.observed import Seen, is_available, timestamp
+from weightsync_operator.plan.render import Render, engines_at, preflight_pod, revision_object, stamped
+from weightsync_operator.plan.rollout import Rollout, step_rollout
+
+NAME_TAKEN_LOOK_AGAIN_S = 5.0
+EVICTION_LOOK_AGAIN_S = 5.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What the spec asks for, as this operator renders it, and what is in force."""
+
+    ctx: Context
+    secret: Manifest
+    revision: str
+    """Hash of the spec as it stands."""
+    rendered: Render | SpecError
+    """The spec as it stands; an error if it cannot be rendered."""
+    in_force: Render | None = None
+    """The render that was admitted last, from its ControllerRevision."""
+    in_force_revision: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """What to do, in order, and what to show."""
+
+    actions: tuple[Action, ...]
+    status: WeightSyncStatus
+    look_again_s: float | None = None
+
+
+def decide(wanted: Wanted, seen: Seen) -> Step:
+    """One pass: admit the spec as it stands, then keep up whatever is in force."""
+    before = WeightSyncStatus.model_validate(seen.resource.get("status") or {})
+    admission = _admit(wanted, before, seen)
+    if admission.admitted and wanted.in_force_revision != wanted.revision:
+        return _put_in_force(wanted, before, seen, admission)
+    gang, rollout, actions = GangStep(status=before.trainer), Rollout(), ()
+    if wanted.in_force is not None:
+        gang = _step_gang(wanted, wanted.in_force, before.trainer, seen)
+        rollout = _step_rollout(wanted, wanted.in_force, gang.status, seen)
+        actions = (*_upkeep(wanted, wanted.in_force, seen), *gang.actions, *rollout.evictions)
+    actions = (*admission.actions, *actions, *_prune(wanted, admission, seen))
+    status = _status(wanted, before, seen, admission, gang.status, rollout)
+    looks = [admission.look_again_s, gang.look_again_s]
+    looks.append(EVICTION_LOOK_AGAIN_S if rollout.evictions else None)
+    looks.append(NAME_TAKEN_LOOK_AGAIN_S if seen.taken else None)
+    return Step(actions=actions, status=status, look_again_s=min((s for s in looks if s is not None), default=None))
+
+
+def _admit(wanted: Wanted, before: WeightSyncStatus, seen: Seen) -> Admission:
+    if isinstance(wanted.rendered, SpecError):
+        return Admission(reason=Reason.SPEC_INVALID, message=str(wanted.rendered), preflight=before.preflight)
+    if wanted.in_force is not None and wanted.in_force_revision == wanted.revision:
+        return Admission(admitted=True, preflight=before.preflight)
+    pod = preflight_pod(wanted.ctx, wanted.rendered)
+    return step_admission(wanted.revision, wanted.rendered, pod, before.preflight, seen)
+
+
+def _put_in_force(wanted: Wanted, before: WeightSyncStatus, seen: Seen, admission: Admission) -> Step:
+    """Keep the render and note it; the next pass applies it."""
+    if isinstance(wanted.rendered, SpecError):
+        raise wanted.rendered
+    revisions = seen.of_kind("ControllerRevision", Component.CONTRACT)
+    number = 1 + max((revision["revision"] for revision in revisions), default=0)
+    keep = Apply(manifest=stamped(revision_object(wanted.ctx, wanted.revision, wanted.rendered, number)))
+    noted = dataclasses.replace(wanted, in_force=wanted.rendered, in_force_revision=wanted.revision)
+    status = _status(noted, before, seen, admission, before.trainer, Rollout())
+    return Step(actions=(keep,), status=status, look_again_s=0)
+
+
+def _upkeep(wanted: Wanted, render: Render, seen: Seen) -> tuple[Action, ...]:
+    """Whatever of the stored render is missing or was changed."""
+    replicas = 0 if wanted.ctx.spec.suspend else wanted.ctx.spec.inference.replicas
+    account, *rest = render.base
+    manifests = [stamped(m) for m in (account, wanted.secret, *rest, engines_at(render, replicas))]
+    return tuple(
+        Apply(manifest=manifest)
+        for manifest in manifests
+        if _key(manifest) not in seen.taken and needs_apply(manifest, seen.child(*_key(manifest)))
+    )
+
+
+def _key(manifest: Manifest) -> tuple[str, str]:
+    return manifest["kind"], manifest["metadata"]["name"]
+
+
+def wanted_keys(wanted: Wanted) -> list[tuple[str, str]]:
+    """Kind and name of all children that are kept up, to be looked for among other people's objects."""
+    if wanted.in_force is None:
+        return []
+    return [_key(manifest) for manifest in (wanted.secret, *wanted.in_force.base, wanted.in_force.engines)]
+
+
+def _step_gang(wanted: Wanted, render: Render, before: TrainerStatus, seen: Seen) -> GangStep:
+    spec, name = wanted.ctx.spec, wanted.ctx.owner.name
+    waiting = [part for part in (f"{name}-redis", f"{name}-mx") if not is_available(seen.child("Deployment", part))]
+    wish = GangWish(
+        template=render.trainer,
+        spec_hash=render.trainer_hash,
+        restarts=spec.trainer.restarts,
+        suspend=spec.suspend,
+        waiting_for=" and ".join(waiting),
+    )
+    return step_gang(wish, before, seen)
+
+
+def _step_rollout(wanted: Wanted, render: Render, gang: TrainerStatus, seen: Seen) -> Rollout:
+    engines = seen.child("StatefulSet", render.engines["metadata"]["name"])
+    if engines is None or wanted.ctx.spec.suspend:
+        return Rollout()
+    return step_rollout(
+        engines,
+        seen,
+        max_unavailable=wanted.ctx.spec.inference.max_unavailable,
+        session=render.session,
+        has_source=gang.state is TrainerState.RUNNING,
+    )
+
+
+def _prune(wanted: Wanted, admission: Admission, seen: Seen) -> tuple[Action, ...]:
+    waited_for = None
+    if not admission.admitted and not isinstance(wanted.rendered, SpecError):
+        pod = preflight_pod(wanted.ctx, wanted.rendered)["metadata"]["name"]
+        noted = admission.preflight is not None and pod.endswith(admission.preflight.hash)
+        waited_for = None if noted else pod
+    stale = list(prune.stale_preflights(seen, waited_for))
+    if wanted.in_force is not None:
+        stale += prune.stale_contracts(seen, wanted.in_force.contract_name)
+        stale += prune.stale_revisions(seen, wanted.in_force_revision)
+    return tuple(stale)
+
+
+def _status(
+    wanted: Wanted, before: WeightSyncStatus, seen: Seen, admission: Admission, gang: TrainerStatus, rollout: Rollout
+) -> WeightSyncStatus:
+    spec, render, owner = wanted.ctx.spec, wanted.in_force, wanted.ctx.owner
+    generation = seen.resource["metadata"]["generation"]
+    fleet = observe_fleet(seen, 0 if spec.suspend else spec.inference.replicas)
+    profile = PROFILES[spec.fabric.profile if render is None else render.profile]
+    facts = Facts(
+        seen=seen,
+        admission=admission,
+        in_force=render is not None,
+        gang=gang,
+        fleet=fleet,
+        rollout=rollout,
+        suspend=spec.suspend,
+        transports=profile.transports if render is None else render.transports,
+        update_pending=_update_pending(wanted),
+    )
+    return WeightSyncStatus(
+        observed_generation=generation,
+        revision=wanted.in_force_revision,
+        model=wanted.ctx.model_name if render is None else render.model_name,
+        conditions=conditions(facts, before.conditions, generation),
+        version=_version(before, seen),
+        last_push=_last_push(before, seen),
+        inference=fleet.numbers(),
+        selector=",".join(f"{k}={v}" for k, v in selector_labels(owner.name, Component.INFERENCE).items()),
+        replicas=fleet.shown(),
+        trainer=gang,
+        fabric=FabricStatus(profile=profile.name, reason=profile.reason),
+        preflight=admission.preflight,
+    )
+
+
+def _update_pending(wanted: Wanted) -> bool:
+    """True when this operator would render the spec in force in another way."""
+    if wanted.in_force is None or isinstance(wanted.rendered, SpecError) or wanted.in_force_revision != wanted.revision:
+        return False
+    return wanted.rendered.comparable() != wanted.in_force.comparable()
+
+
+def _version(before: WeightSyncStatus, seen: Seen) -> VersionStatus:
+    ledger = seen.ledger
+    if ledger is None or ledger.error:
+        return before.version
+    return VersionStatus(published=max(0, ledger.published), committed=max(0, ledger.version))
+
+
+def _last_push(before: WeightSyncStatus, seen: Seen) -> LastPush | None:
+    push = None if seen.ledger is None else seen.ledger.last_push
+    return before.last_push if push is None else _shown_push(push)
+
+
+def _shown_push(push: PushSummary) -> LastPush:
+    """Rounded to what a person reads, so that equal pushes are equal."""
+    gbps = float(f"{push.gbps:.3g}")
+    return LastPush(
+        version=push.version,
+        outcome=push.outcome[:16],
+        reason=push.reason[:1024],
+        seconds=round(push.seconds, 4),
+        bytes=push.bytes,
+        gbps=gbps,
+        throughput=f"{gbps:g} GB/s",
+        pause_seconds=round(push.pause_seconds, 4),
+        phases={phase: round(took_s, 4) for phase, took_s in sorted(push.phases.items())[:32]},
+        finished_at=timestamp(push.finished_at) if push.finished_at else None,
+    )

@@ -1,0 +1,74 @@
+"""The engines as the ledger and their pods describe them. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from weightsync.wire import ReplicaState, ReplicaStatus
+from weightsync_operator.api.names import Component
+from weightsync_operator.api.status import REPLICAS_SHOWN, InferenceStatus, ReplicaView
+from weightsync_operator.plan.observed import LedgerView, Seen, is_ready
+
+STARTING = "STARTING"
+LOST = "LOST"
+NAMES_SHOWN = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fleet:
+    """All engines, not only those that the status shows."""
+
+    wanted: int
+    committed: int
+    replicas: tuple[ReplicaView, ...] = ()
+    """Laggards first."""
+    ready: int = 0
+
+    @property
+    def laggards(self) -> tuple[str, ...]:
+        """Engines that do not hold the committed version, missing ones by number."""
+        behind = tuple(view.name for view in self.replicas if not self._is_current(view))
+        missing = self.wanted - len(self.replicas)
+        return (*behind, f"{missing} not created yet") if missing > 0 else behind
+
+    @property
+    def dirty(self) -> tuple[str, ...]:
+        return tuple(view.name for view in self.replicas if view.state == ReplicaState.DIRTY)
+
+    def numbers(self) -> InferenceStatus:
+        current = sum(self._is_current(view) for view in self.replicas)
+        return InferenceStatus(replicas=len(self.replicas), ready=self.ready, current=current)
+
+    def shown(self) -> tuple[ReplicaView, ...]:
+        return self.replicas[:REPLICAS_SHOWN]
+
+    def _is_current(self, view: ReplicaView) -> bool:
+        held = (ReplicaState.CLEAN, ReplicaState.OPEN, ReplicaState.VERIFIED)
+        return view.state in held and view.version is not None and view.version >= self.committed
+
+
+def observe_fleet(seen: Seen, wanted: int) -> Fleet:
+    """The fleet of `wanted` engines; stale records of pods that are gone are left out."""
+    pods = seen.of_kind("Pod", Component.INFERENCE)
+    ledger = seen.ledger or LedgerView(session="")
+    records = {record.name: record for record in ledger.replicas}
+    views = [_view(pod["metadata"]["name"], records, ledger) for pod in pods]
+    fleet = Fleet(wanted=wanted, committed=ledger.version, ready=sum(is_ready(pod) for pod in pods))
+    views.sort(key=lambda view: (fleet._is_current(view), -1 if view.version is None else view.version, view.name))
+    return dataclasses.replace(fleet, replicas=tuple(views))
+
+
+def _view(name: str, records: dict[str, ReplicaStatus], ledger: LedgerView) -> ReplicaView:
+    record = records.get(name)
+    if record is None:
+        return ReplicaView(name=name, state=STARTING, reason="has not reported yet")
+    if not ledger.error and name not in ledger.live:
+        return ReplicaView(name=name, version=record.version, state=LOST, reason="its heartbeat ended")
+    reason = "" if record.serving else record.reason[:1024]
+    return ReplicaView(name=name, version=max(0, record.version), state=record.state, reason=reason)
+
+
+def named(names: tuple[str, ...]) -> str:
+    """The first few names and how many more there are."""
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,106 @@
+"""What one pass saw: the resource, its children, the ledger. Frozen, so that deciding is a function of it. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from weightsync.wire import PushSummary, ReplicaStatus
+from weightsync_operator.api.names import LABEL_COMPONENT, Component
+from weightsync_operator.plan.build.context import Manifest
+
+ChildKey = tuple[str, str]
+"""(kind, name)"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LedgerView:
+    """The ledger of one session as last polled; after a failed poll it keeps the figures and says so."""
+
+    session: str
+    error: str = ""
+    """Empty when the last poll succeeded."""
+    epoch: int = 0
+    version: int = 0
+    published: int = 0
+    replicas: tuple[ReplicaStatus, ...] = ()
+    live: frozenset[str] = frozenset()
+    """Replicas whose lease stands."""
+    last_push: PushSummary | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DryRunVerdict:
+    """What the API server said to the children of a revision."""
+
+    revision: str
+    field: str = ""
+    message: str = ""
+    """Empty when it would take them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seen:
+    """Everything a decision may depend on, the time included."""
+
+    resource: Manifest
+    children: Mapping[ChildKey, Manifest]
+    """Objects that the resource controls, directly or through a Job or a set, by kind and name."""
+    taken: frozenset[ChildKey] = frozenset()
+    """Wanted names that belong to somebody else."""
+    ledger: LedgerView | None = None
+    dry_run: DryRunVerdict | None = None
+    disrupted: frozenset[str] = frozenset()
+    """UIDs of Jobs that lost a pod to an eviction, a preemption or a drain."""
+    mount_faults: tuple[str, ...] = ()
+    """The kubelet's words about volumes of the preflight pod."""
+    refused: str = ""
+    """What the API server refused in the last pass; empty when it took everything."""
+    now: float
+    """Seconds since the Unix epoch."""
+
+    def child(self, kind: str, name: str) -> Manifest | None:
+        return self.children.get((kind, name))
+
+    def of_kind(self, kind: str, component: Component) -> list[Manifest]:
+        """Children of one kind and role, by name."""
+        found = [
+            child
+            for (child_kind, _), child in self.children.items()
+            if child_kind == kind and child["metadata"].get("labels", {}).get(LABEL_COMPONENT) == component
+        ]
+        return sorted(found, key=lambda child: child["metadata"]["name"])
+
+
+def condition(child: Manifest, type_: str) -> bool:
+    """True when the child's status has this condition with status True."""
+    conditions = child.get("status", {}).get("conditions") or []
+    return any(entry["type"] == type_ and entry["status"] == "True" for entry in conditions)
+
+
+def is_deleting(child: Manifest) -> bool:
+    return "deletionTimestamp" in child["metadata"]
+
+
+def is_ready(pod: Manifest) -> bool:
+    return condition(pod, "Ready") and not is_deleting(pod)
+
+
+def is_available(deployment: Manifest | None) -> bool:
+    """True when the Deployment serves, whatever its generation."""
+    return deployment is not None and condition(deployment, "Available")
+
+
+def timestamp(seconds: float) -> str:
+    """RFC 3339 with whole seconds, as Kubernetes writes it."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def seconds(text: str | None) -> float | None:
+    return None if text is None else datetime.fromisoformat(text).timestamp()
+
+
+def container_states(pod: Manifest) -> list[dict[str, Any]]:
+    return [status.get("state", {}) for status in pod.get("status", {}).get("containerStatuses") or []]
