@@ -52,7 +52,7 @@ def _attempt(command: Callable[[redis.Redis], T], client: redis.Redis) -> T:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Witness:
-    """What this process knows of the session, brought into the ledger with every change it makes."""
+    """What this process knows of the session, brought into the ledger with every change it makes: `scripts` reads it in order."""
 
     epoch: int = 0
     version: int = 0
@@ -62,11 +62,12 @@ class Witness:
     attempt: int = 0
 
     def with_committed(self, epoch: int, version: int) -> Witness:
-        epoch, version = max((self.epoch, self.version), (epoch, version))
+        """What is known after hearing that `version` was committed in `epoch`."""
+        held_epoch, held = max((self.epoch, self.version), (epoch, version))
         return dataclasses.replace(
             self,
-            epoch=epoch,
-            version=version,
+            epoch=held_epoch,
+            version=held,
             seen_epoch=max(self.seen_epoch, epoch),
             published=max(self.published, version),
         )
@@ -181,7 +182,7 @@ class LedgerConnection:
     def _run_witnessed(self, what: str, script: str, *args: str | float) -> Any:
         """Run a script that begins by raising the head to what this process knows."""
         known = self.witness
-        return self._run(what, script, known.epoch, known.version, known.seen_epoch, *args)
+        return self._run(what, script, *dataclasses.astuple(known), *args)
 
     def now(self) -> float:
         """Seconds since the Unix epoch by the ledger's clock, the one clock that deadlines are told in."""

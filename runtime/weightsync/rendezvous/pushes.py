@@ -85,9 +85,7 @@ class PushLedger(LedgerConnection):
             "plan_digests": dict(plan_digests),
             "members": dict(members),
         }
-        known = self.witness
-        floor = floor_version if catch_up else max(floor_version, known.published)
-        arguments = (epoch, sequence, timeout_s, int(catch_up), floor, known.attempt, json.dumps(constant), PUSH_TTL_S)
+        arguments = (epoch, sequence, timeout_s, int(catch_up), floor_version, json.dumps(constant), PUSH_TTL_S)
         outcome, *facts = self._run_witnessed("begin_push", scripts.BEGIN_PUSH, *arguments)
         if outcome == "FENCED":
             raise FencedOut(

@@ -20,14 +20,16 @@ end
 
 local function text(seconds) return string.format('%.6f', seconds) end
 
--- ARGV[1..3]: committed epoch and version, and newest epoch, that the caller knows of.
+-- ARGV[1..5]: what the caller knows: committed epoch and version, newest epoch, highest version and attempt tried.
 local function raise_head()
-  local epoch, version, seen = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+  local epoch, version = tonumber(ARGV[1]), tonumber(ARGV[2])
   redis.call('HSETNX', head, 'born', text(now()))
   local held_epoch, held = get('version_epoch'), get('version')
   if epoch > held_epoch or (epoch == held_epoch and version > held) then held_epoch, held = epoch, version end
-  redis.call('HSET', head, 'epoch', math.max(get('epoch'), epoch, seen), 'version', held, 'version_epoch', held_epoch,
-             'published', math.max(get('published'), held, version))
+  redis.call('HSET', head, 'version', held, 'version_epoch', held_epoch,
+             'epoch', math.max(get('epoch'), epoch, tonumber(ARGV[3])),
+             'published', math.max(get('published'), version, tonumber(ARGV[4])),
+             'attempts', math.max(get('attempts'), tonumber(ARGV[5])))
 end
 raise_head()
 """
@@ -41,8 +43,8 @@ RAISE_HEAD = _PRELUDE + _HEAD_REPLY
 OPEN_EPOCH = (
     _PRELUDE
     + """
--- ARGV[4]: the epoch that the operator gave, or 0.
-local wanted, known = tonumber(ARGV[4]), get('epoch')
+-- ARGV[6]: the epoch that the operator gave, or 0.
+local wanted, known = tonumber(ARGV[6]), get('epoch')
 if wanted == 0 then
   for _, member in ipairs(redis.call('HVALS', prefix .. 'members')) do
     local record = cjson.decode(member)
@@ -60,8 +62,8 @@ return {'OK', wanted}
 BEGIN_PUSH = (
     _PRELUDE
     + """
--- ARGV[4..10]: epoch, sequence, timeout, catch_up (0/1), floor version, floor attempt, the record's constant part; [11]: TTL.
-local epoch, catch_up, floor = tonumber(ARGV[4]), ARGV[7] == '1', tonumber(ARGV[8])
+-- ARGV[6..12]: epoch, sequence, timeout, catch_up (0/1), floor version, the record's constant part, TTL.
+local epoch, catch_up, floor = tonumber(ARGV[6]), ARGV[9] == '1', tonumber(ARGV[10])
 if get('epoch') ~= epoch then return {'FENCED', get('epoch')} end
 local version
 if catch_up then
@@ -70,17 +72,17 @@ if catch_up then
   end
   version = get('version')
 else
-  version = math.max(get('published'), get('version'), floor) + 1
+  version = math.max(get('published'), floor) + 1
 end
-local attempt = math.max(get('attempts'), tonumber(ARGV[9])) + 1
+local attempt = get('attempts') + 1
 local push_id = string.format('%d.%d.%d', epoch, version, attempt)
-local deadline_at = now() + tonumber(ARGV[6])
+local deadline_at = now() + tonumber(ARGV[8])
 redis.call('HSET', head, 'published', math.max(get('published'), version), 'attempts', attempt)
 local key = prefix .. 'push:' .. push_id
-redis.call('HSET', key, 'record', ARGV[10], 'epoch', epoch, 'version', version, 'attempt', attempt,
-           'deadline_at', text(deadline_at), 'catch_up', ARGV[7], 'decision', 'OPEN', 'reason', '')
-redis.call('EXPIRE', key, ARGV[11])
-redis.call('SET', prefix .. 'current:' .. epoch, ARGV[5] .. ' ' .. push_id, 'EX', ARGV[11])
+redis.call('HSET', key, 'record', ARGV[11], 'epoch', epoch, 'version', version, 'attempt', attempt,
+           'deadline_at', text(deadline_at), 'catch_up', ARGV[9], 'decision', 'OPEN', 'reason', '')
+redis.call('EXPIRE', key, ARGV[12])
+redis.call('SET', prefix .. 'current:' .. epoch, ARGV[7] .. ' ' .. push_id, 'EX', ARGV[12])
 return {'OK', push_id, version, attempt, text(deadline_at)}
 """
 )
@@ -88,15 +90,15 @@ return {'OK', push_id, version, attempt, text(deadline_at)}
 DECIDE = (
     _PRELUDE
     + """
--- ARGV[4..7]: push id, decision wanted, reason, TTL. Answers the decision in force and its reason.
-local key = prefix .. 'push:' .. ARGV[4]
+-- ARGV[6..9]: push id, decision wanted, reason, TTL. Answers the decision in force and its reason.
+local key = prefix .. 'push:' .. ARGV[6]
 local push = redis.call('HMGET', key, 'decision', 'reason', 'epoch', 'version', 'deadline_at', 'catch_up')
 if push[1] and push[1] ~= 'OPEN' then return {push[1], push[2]} end
 
 local function refusal()
-  if not push[1] then return 'the ledger does not know push ' .. ARGV[4] .. ': its Redis lost its data' end
+  if not push[1] then return 'the ledger does not know push ' .. ARGV[6] .. ': its Redis lost its data' end
   local epoch, version, late = tonumber(push[3]), tonumber(push[4]), now() - tonumber(push[5])
-  if ARGV[5] == 'ABORT' then return ARGV[6] end
+  if ARGV[7] == 'ABORT' then return ARGV[8] end
   if get('epoch') ~= epoch then return string.format('epoch %d is in force, the push is of epoch %d', get('epoch'), epoch) end
   if late > 0 then return string.format('its deadline passed %.3f s before the commit', late) end
   local committed_epoch, committed = get('version_epoch'), get('version')
@@ -109,7 +111,7 @@ end
 local reason = refusal()
 if reason then
   redis.call('HSET', key, 'decision', 'ABORT', 'reason', reason)
-  redis.call('EXPIRE', key, ARGV[7])
+  redis.call('EXPIRE', key, ARGV[9])
   return {'ABORT', reason}
 end
 redis.call('HSET', key, 'decision', 'COMMIT', 'reason', '')
@@ -129,19 +131,19 @@ return 1
 JOIN = (
     _PRELUDE
     + """
--- ARGV[4..8]: replica, incarnation, joined_at (0: first join), the member's JSON without joined_at, lease in milliseconds.
-local joined_at = tonumber(ARGV[6])
-local known = redis.call('HGET', prefix .. 'members', ARGV[4])
+-- ARGV[6..10]: replica, incarnation, joined_at (0: first join), the member's JSON without joined_at, lease in milliseconds.
+local joined_at = tonumber(ARGV[8])
+local known = redis.call('HGET', prefix .. 'members', ARGV[6])
 if known then
   local other = cjson.decode(known)
-  if other.incarnation ~= ARGV[5] and joined_at > 0 and other.joined_at > joined_at then
+  if other.incarnation ~= ARGV[7] and joined_at > 0 and other.joined_at > joined_at then
     return {'REPLACED', other.incarnation}
   end
 end
 if joined_at == 0 then joined_at = now() end
-local member = string.gsub(ARGV[7], '}$', ',"joined_at":' .. text(joined_at) .. '}')
-redis.call('HSET', prefix .. 'members', ARGV[4], member)
-redis.call('SET', prefix .. 'lease:replica:' .. ARGV[4], ARGV[5], 'PX', ARGV[8])
+local member = string.gsub(ARGV[9], '}$', ',"joined_at":' .. text(joined_at) .. '}')
+redis.call('HSET', prefix .. 'members', ARGV[6], member)
+redis.call('SET', prefix .. 'lease:replica:' .. ARGV[6], ARGV[7], 'PX', ARGV[10])
 return {'OK', text(joined_at)}
 """
 )
