@@ -32,7 +32,10 @@ def api_reference() -> str:
 
 def _table(path: str, schema: dict[str, Any]) -> list[str]:
     rows = ["| field | type | default | limits | meaning |\n| --- | --- | --- | --- | --- |"]
-    rows += [f"| `{p}` | {_type(s)} | {_default(s)} | {_limits(s)} | {_escape(s.get('description', ''))} |" for p, s in _walk(path, schema)]
+    rows += [
+        f"| `{p}` | {_type(s)} | {_default(s)} | {_limits(s)} | {_escape(s.get('description', ''))} |"
+        for p, s in _walk(path, schema)
+    ]
     return ["\n".join(rows), *_all_rules(path, schema)]
 
 

@@ -30,7 +30,12 @@ Arguments = Annotated[tuple[Argument, ...], Field(max_length=128)]
 AbsolutePath = Annotated[str, Field(min_length=2, max_length=512, pattern=r"^/[^:]*$")]
 DnsSubdomain = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
 ResourceName = Annotated[
-    str, Field(min_length=3, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$")
+    str,
+    Field(
+        min_length=3,
+        max_length=253,
+        pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$",
+    ),
 ]
 Quantity = Annotated[
     str | int,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from weightsync_operator.api.fields import (
     AbsolutePath,
@@ -34,7 +34,9 @@ ENGINE_FLAGS = (
 )
 """Flags of `vllm serve` that the operator sets, and engineArgs must not."""
 
-RESERVED_ENV_PATTERN = "^(WEIGHTSYNC_.*|POD_.*|UCX_TLS|RANK|LOCAL_RANK|WORLD_SIZE|NNODES|NODE_RANK|MASTER_ADDR|MASTER_PORT|PET_.*)$"
+RESERVED_ENV_PATTERN = (
+    "^(WEIGHTSYNC_.*|POD_.*|UCX_TLS|RANK|LOCAL_RANK|WORLD_SIZE|NNODES|NODE_RANK|MASTER_ADDR|MASTER_PORT|PET_.*)$"
+)
 """Environment that the operator sets and a gang depends on."""
 
 
@@ -50,16 +52,19 @@ class PersistentVolumeClaimSource(Section):
 class ModelSpec(Section):
     """The checkpoint (config.json and safetensors files) that trainer and engines start from: version 0."""
 
-    model_config = {
-        "json_schema_extra": rules(
+    model_config = ConfigDict(
+        json_schema_extra=rules(
             (
                 "[has(self.path), has(self.hostPath), has(self.persistentVolumeClaim)].exists_one(x, x)",
                 "exactly one of path, hostPath and persistentVolumeClaim says where the model is",
             )
         )
-    }
+    )
 
-    name: Annotated[str, Field(min_length=1, max_length=96, pattern=r"^[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?$")] | None = None
+    name: (
+        Annotated[str, Field(min_length=1, max_length=96, pattern=r"^[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?$")]
+        | None
+    ) = None
     """Name under which the engines serve it; the resource's name by default."""
     path: AbsolutePath | None = None
     """Folder inside the trainer's and engines' images."""
@@ -72,11 +77,11 @@ class ModelSpec(Section):
 class FabricSpec(Section):
     """What moves the bytes between trainer and engines."""
 
-    model_config = {
-        "json_schema_extra": rules(
+    model_config = ConfigDict(
+        json_schema_extra=rules(
             ("self.profile != 'tcp' || !has(self.resourceName)", "profile tcp uses no device: leave resourceName out"),
         )
-    }
+    )
 
     profile: Literal["tcp", "emulated", "hca-shared"] = "tcp"
     """tcp: no device; emulated: the lab's device plug-in, bytes over tcp; hca-shared: RDMA shared device plug-in."""
@@ -137,7 +142,12 @@ class TrainerSpec(Section):
             json_schema_extra={
                 "x-kubernetes-list-type": "map",
                 "x-kubernetes-list-map-keys": ["name"],
-                **rules((f"self.all(e, !e.name.matches('{RESERVED_ENV_PATTERN}'))", "the operator sets these variables itself")),
+                **rules(
+                    (
+                        f"self.all(e, !e.name.matches('{RESERVED_ENV_PATTERN}'))",
+                        "the operator sets these variables itself",
+                    )
+                ),
             },
         ),
     ] = ()
@@ -162,11 +172,11 @@ class Parallelism(Section):
 class InferenceSpec(Section):
     """The fleet of vLLM engines."""
 
-    model_config = {
-        "json_schema_extra": rules(
+    model_config = ConfigDict(
+        json_schema_extra=rules(
             ("self.gpus == 0 || self.parallelism.tp <= self.gpus", "parallelism.tp needs that many gpus in the pod"),
         )
-    }
+    )
 
     image: Image | None = None
     """The operator's runtime image by default; any other must hold vLLM 0.32 and the weightsync package."""
@@ -183,7 +193,8 @@ class InferenceSpec(Section):
             json_schema_extra=rules(
                 (
                     f"self.all(a, !a.matches('^--({'|'.join(ENGINE_FLAGS)})(=.*)?$'))",
-                    "engineArgs repeats a flag that the operator sets: " + ", ".join(f"--{flag}" for flag in ENGINE_FLAGS),
+                    "engineArgs repeats a flag that the operator sets: "
+                    + ", ".join(f"--{flag}" for flag in ENGINE_FLAGS),
                 )
             ),
         ),

@@ -62,7 +62,7 @@ class LastPush(Section):
     """From begin to decision."""
     bytes: Count = 0
     """Payload, counted at the receivers."""
-    gbps: float = Field(default=0.0, alias="GBps")
+    gbps: float = Field(default=0.0, validation_alias="GBps", serialization_alias="GBps")
     """1e9 bytes a second on the wire, three digits."""
     throughput: Annotated[str, Field(max_length=32)] = ""
     """GBps with its unit, for the column of kubectl."""
@@ -155,7 +155,9 @@ class WeightSyncStatus(Section):
     """Name of the served model."""
     conditions: Annotated[
         tuple[ConditionStatus, ...],
-        Field(max_length=32, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
+        Field(
+            max_length=32, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
+        ),
     ] = ()
     """See `Condition`."""
     version: VersionStatus = VersionStatus()

@@ -71,7 +71,9 @@ def _answer(live: Manifest, key: str, known: PreflightStatus | None) -> Admissio
     if verdict is not None:
         return Admission(settled=False, reason=Reason.PREFLIGHT_RUNNING, preflight=verdict, look_again_s=0)
     words = (ended.get("message") or live.get("status", {}).get("message") or "it left no verdict").strip().splitlines()
-    message = f"the preflight pod ended with {ended.get('exitCode', 'no exit code')} and is asked again: {words[-1][:300]}"
+    message = (
+        f"the preflight pod ended with {ended.get('exitCode', 'no exit code')} and is asked again: {words[-1][:300]}"
+    )
     delete = Delete(kind="Pod", name=live["metadata"]["name"], uid=live["metadata"]["uid"])
     return _waiting(message, known, delete, look_again_s=RETRY_S)
 
@@ -81,7 +83,8 @@ def _parse(text: str, key: str) -> PreflightStatus | None:
     try:
         verdict = json.loads(text)
         errors = tuple(
-            PreflightError(field=error["field"][:256], message=error["message"][:1024]) for error in verdict["errors"][:16]
+            PreflightError(field=error["field"][:256], message=error["message"][:1024])
+            for error in verdict["errors"][:16]
         )
         return PreflightStatus(hash=key, ok=bool(verdict["ok"]), errors=errors)
     except (ValueError, KeyError, TypeError):

@@ -71,7 +71,9 @@ def conditions(facts: Facts, before: Iterable[ConditionStatus], generation: int)
     return (*ours, *(condition for type_, condition in known.items() if type_ not in verdicts))
 
 
-def _dated(type_: str, verdict: Verdict, before: ConditionStatus | None, generation: int, now: float) -> ConditionStatus:
+def _dated(
+    type_: str, verdict: Verdict, before: ConditionStatus | None, generation: int, now: float
+) -> ConditionStatus:
     status = "Unknown" if verdict.status is None else str(verdict.status)
     unchanged = before is not None and before.status == status
     return ConditionStatus(
@@ -107,12 +109,20 @@ def _progressing(facts: Facts) -> Verdict:
     if not facts.in_force:
         return Verdict(False, facts.admission.reason, "nothing is made before the spec is valid")
     if rollout.blocked is not None:
-        return Verdict(True, rollout.blocked, f"no trainer runs that could bring successors up to date of {named(rollout.outdated)}")
+        return Verdict(
+            True,
+            rollout.blocked,
+            f"no trainer runs that could bring successors up to date of {named(rollout.outdated)}",
+        )
     if rollout.outdated:
         return Verdict(True, Reason.ROLLING_OUT, f"still to be replaced: {named(rollout.outdated)}")
     if gang.state in (TrainerState.WAITING, TrainerState.STARTING, TrainerState.STOPPING):
         reason = Reason.TRAINER_RESTARTING if gang.restarts else Reason.STARTING
-        return Verdict(True, reason, f"trainer is {gang.state.value}: {gang.reason}" if gang.reason else f"trainer is {gang.state.value}")
+        return Verdict(
+            True,
+            reason,
+            f"trainer is {gang.state.value}: {gang.reason}" if gang.reason else f"trainer is {gang.state.value}",
+        )
     if fleet.ready < fleet.wanted:
         return Verdict(True, Reason.STARTING, f"{fleet.ready} of {fleet.wanted} engines ready")
     return Verdict(False, Reason.STABLE)
@@ -128,7 +138,9 @@ def _degraded(facts: Facts) -> Verdict:
     if gang.state is TrainerState.FAILED:
         return Verdict(True, Reason.RESTART_BUDGET_SPENT, gang.reason)
     if dirty:
-        return Verdict(True, Reason.ENGINES_DIRTY, f"hold torn weights and serve nothing until the next push: {named(dirty)}")
+        return Verdict(
+            True, Reason.ENGINES_DIRTY, f"hold torn weights and serve nothing until the next push: {named(dirty)}"
+        )
     if facts.aborted_push is not None:
         return Verdict(True, Reason.PUSH_ABORTED, _abort_message(facts.aborted_push))
     if gang.restarts and gang.state is not TrainerState.RUNNING and gang.state is not TrainerState.COMPLETE:
@@ -153,7 +165,9 @@ def _synced(facts: Facts) -> Verdict:
     behind = len(fleet.replicas) - fleet.numbers().current + max(0, fleet.wanted - len(fleet.replicas))
     message = f"{behind} of {fleet.wanted} engines do not hold version {fleet.committed}: {named(fleet.laggards)}"
     if facts.gang.state in (TrainerState.COMPLETE, TrainerState.FAILED) and fleet.committed > 0:
-        return Verdict(False, Reason.NO_SOURCE, f"{message}; the trainer is {facts.gang.state.value} and no one else has it")
+        return Verdict(
+            False, Reason.NO_SOURCE, f"{message}; the trainer is {facts.gang.state.value} and no one else has it"
+        )
     return Verdict(False, Reason.BEHIND, message)
 
 

@@ -33,11 +33,18 @@ class Wanted:
     secret: Manifest
     revision: str
     """Hash of the spec as it stands."""
-    rendered: Render | SpecError
-    """The spec as it stands; an error if it cannot be rendered."""
+    fresh: Render | SpecError
+    """The spec as this operator renders it; an error if it cannot be rendered."""
+    stored: Render | None = None
+    """The same spec as it was rendered when it was in force before: going back to it restarts nothing needlessly."""
     in_force: Render | None = None
     """The render that was admitted last, from its ControllerRevision."""
     in_force_revision: str = ""
+
+    @property
+    def rendered(self) -> Render | SpecError:
+        """What would come into force."""
+        return self.fresh if self.stored is None else self.stored
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,19 +104,8 @@ def _upkeep(wanted: Wanted, render: Render, seen: Seen) -> tuple[Action, ...]:
     return tuple(
         Apply(manifest=manifest)
         for manifest in manifests
-        if _key(manifest) not in seen.taken and needs_apply(manifest, seen.child(*_key(manifest)))
+        if needs_apply(manifest, seen.child(manifest["kind"], manifest["metadata"]["name"]))
     )
-
-
-def _key(manifest: Manifest) -> tuple[str, str]:
-    return manifest["kind"], manifest["metadata"]["name"]
-
-
-def wanted_keys(wanted: Wanted) -> list[tuple[str, str]]:
-    """Kind and name of all children that are kept up, to be looked for among other people's objects."""
-    if wanted.in_force is None:
-        return []
-    return [_key(manifest) for manifest in (wanted.secret, *wanted.in_force.base, wanted.in_force.engines)]
 
 
 def _step_gang(wanted: Wanted, render: Render, before: TrainerStatus, seen: Seen) -> GangStep:
@@ -187,9 +183,9 @@ def _status(
 
 def _update_pending(wanted: Wanted) -> bool:
     """True when this operator would render the spec in force in another way."""
-    if wanted.in_force is None or isinstance(wanted.rendered, SpecError) or wanted.in_force_revision != wanted.revision:
+    if wanted.in_force is None or isinstance(wanted.fresh, SpecError) or wanted.in_force_revision != wanted.revision:
         return False
-    return wanted.rendered.comparable() != wanted.in_force.comparable()
+    return wanted.fresh.comparable() != wanted.in_force.comparable()
 
 
 def _version(before: WeightSyncStatus, seen: Seen) -> VersionStatus:

@@ -62,7 +62,9 @@ def step_gang(wish: GangWish, before: TrainerStatus, seen: Seen) -> GangStep:
         case TrainerState.STARTING:
             return _start(wish, status, jobs, seen)
         case TrainerState.RUNNING:
-            return GangStep(status=_moved(status, TrainerState.STOPPING, "its Job was deleted by somebody else"), look_again_s=0)
+            return GangStep(
+                status=_moved(status, TrainerState.STOPPING, "its Job was deleted by somebody else"), look_again_s=0
+            )
     return _settle(wish, status, jobs, seen)
 
 
@@ -128,7 +130,9 @@ def _settle(wish: GangWish, status: TrainerStatus, jobs: list[Manifest], seen: S
     if (delay_s := _delay_left_s(status, seen.now)) > 0:
         return GangStep(status=_moved(status, TrainerState.WAITING, status.reason), look_again_s=delay_s)
     known = max(status.epoch, 0 if seen.ledger is None else seen.ledger.epoch)
-    return GangStep(status=_moved(status.model_copy(update={"epoch": known + 1}), TrainerState.STARTING, ""), look_again_s=0)
+    return GangStep(
+        status=_moved(status.model_copy(update={"epoch": known + 1}), TrainerState.STARTING, ""), look_again_s=0
+    )
 
 
 def _start(wish: GangWish, status: TrainerStatus, jobs: list[Manifest], seen: Seen) -> GangStep:

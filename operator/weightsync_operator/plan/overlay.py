@@ -45,7 +45,9 @@ def _merge_maps(base: Mapping[str, Any], over: Mapping[str, Any], path: str) -> 
     for key, value in over.items():
         here = f"{path}.{key}"
         if key.startswith("$"):
-            raise SpecError(here, "patch directives are refused; null deletes a field, a list without merge key is replaced")
+            raise SpecError(
+                here, "patch directives are refused; null deletes a field, a list without merge key is replaced"
+            )
         if value is None:
             merged.pop(key, None)
         elif isinstance(value, Mapping):
@@ -87,7 +89,9 @@ def _refuse_reserved(overlay: Mapping[str, Any], field: str) -> None:
     labels = _as_map(_as_map(overlay.get("metadata")).get("labels"))
     for label in labels:
         if label.startswith(RESERVED_LABEL_PREFIXES):
-            raise SpecError(f"{field}.metadata.labels.{label}", "the operator finds its pods by this label; choose another")
+            raise SpecError(
+                f"{field}.metadata.labels.{label}", "the operator finds its pods by this label; choose another"
+            )
     spec = _as_map(overlay.get("spec"))
     for name in _FORBIDDEN_FIELDS:
         if name in spec:

@@ -23,7 +23,11 @@ def stale_contracts(seen: Seen, contract_name: str) -> Iterator[Delete]:
 
 def stale_revisions(seen: Seen, in_force: str) -> Iterator[Delete]:
     """All but the newest few renders and the one in force."""
-    revisions = [r for r in seen.of_kind("ControllerRevision", Component.CONTRACT) if not r["metadata"]["name"].endswith(f"-{in_force}")]
+    revisions = [
+        r
+        for r in seen.of_kind("ControllerRevision", Component.CONTRACT)
+        if not r["metadata"]["name"].endswith(f"-{in_force}")
+    ]
     for revision in sorted(revisions, key=lambda r: r["revision"])[: -(REVISIONS_KEPT - 1)]:
         yield _delete(revision)
 

@@ -16,6 +16,9 @@ from weightsync_operator.plan.build import config, inference, modelexpress, netw
 from weightsync_operator.plan.build.context import Context, Manifest, owner_reference, selector_labels
 from weightsync_operator.plan.hashing import digest
 
+RENDER_FORMAT = 1
+"""Counted up when the fields of `Render` change: stored renders of another format are not read."""
+
 _LIVE_FIELDS = {"suspend": True, "inference": {"replicas"}, "trainer": {"restarts"}}
 """Fields that take effect without a new render: `kubectl scale` and suspend must not re-render the fleet."""
 
@@ -46,7 +49,7 @@ class Render:
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Self:
-        """Raises TypeError if the stored render has other fields than this operator knows."""
+        """A stored render of this format, as the API server gives it back."""
         lists = {"transports": tuple(data["transports"]), "base": tuple(data["base"])}
         return cls(**{**data, **lists})
 
@@ -57,7 +60,7 @@ class Render:
 
 def revision_of(spec: WeightSyncSpec, auth: str) -> str:
     """Hash of what needs a render: the spec without its live fields, and the passwords' fingerprint."""
-    return digest([spec.model_dump(mode="json", exclude=_LIVE_FIELDS), auth], 10)
+    return digest([RENDER_FORMAT, spec.model_dump(mode="json", exclude=_LIVE_FIELDS), auth], 10)
 
 
 def render(ctx: Context) -> Render:

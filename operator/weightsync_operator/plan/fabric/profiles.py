@@ -94,4 +94,6 @@ _HCA_SHARED = FabricProfile(
     shm_size="16Gi",
 )
 
-PROFILES: Mapping[str, FabricProfile] = MappingProxyType({profile.name: profile for profile in (_TCP, _EMULATED, _HCA_SHARED)})
+PROFILES: Mapping[str, FabricProfile] = MappingProxyType(
+    {profile.name: profile for profile in (_TCP, _EMULATED, _HCA_SHARED)}
+)
