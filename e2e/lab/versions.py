@@ -28,6 +28,7 @@ class Versions:
     registry_base: str
     registry_rust: str
     registry_redis: str
+    registry_node: str
 
 
 def read_versions(path: Path = VERSIONS_FILE) -> Versions:
@@ -50,6 +51,7 @@ def read_versions(path: Path = VERSIONS_FILE) -> Versions:
             registry_base=images["base"],
             registry_rust=images["rust"],
             registry_redis=images["redis"],
+            registry_node=images["node"],
         )
     except KeyError as error:
         raise LabError(f"{path} has no key {error}", cure="add it; every version of the lab is pinned there") from None

@@ -1,0 +1,187 @@
+"""Provider `kind`: one real kubelet in a container of the local Docker daemon.
+
+The node's image store is a folder of the cache, so that a new cluster finds every image that an earlier one had: loading the
+runtime image into an empty node takes a minute and more. Imports the standard library and the lab's own modules.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from e2e.lab.docker import Docker
+from e2e.lab.errors import LabError
+from e2e.lab.images import image_id
+from e2e.lab.nodeimage import NODE_IMAGE, NODE_SOURCES, control_plane_refs
+from e2e.lab.paths import LabPaths
+from e2e.lab.providers import Capability
+from e2e.lab.task import Task
+from e2e.lab.versions import read_versions
+
+CLUSTER = "weightsync"
+NODE = f"{CLUSTER}-control-plane"
+NODE_FOLDER = "/var/lib/weightsync"
+STORE_FOLDER = "/var/lib/containerd"
+READY_TIMEOUT_S = 180
+IMAGE_USER = 10001
+
+
+class KindProvider:
+    """One cluster a machine, named `weightsync`; `registry` says whether kind can pull its own node image."""
+
+    name = "kind"
+    capabilities = frozenset(Capability)
+
+    def __init__(self, paths: LabPaths, docker: Docker, *, registry: bool) -> None:
+        self._paths = paths
+        self._docker = docker
+        self._registry = registry
+        self.kubeconfig = paths.kubeconfig
+
+    def up(self, task: Task) -> bool:
+        """Create the cluster on its image store and wait for the node, DNS and the Service proxy."""
+        if self._exists():
+            self._kind(task, "export", "kubeconfig", "--name", CLUSTER, "--kubeconfig", self.kubeconfig)
+            return True
+        self._make_folders()
+        image = self._node_image(task)
+        config = self._paths.lab / "kind.json"
+        config.write_text(json.dumps(self._config(image, self._prepare_store(task, image)), indent=2))
+        task.say("creates the cluster")
+        argv = ["create", "cluster", "--config", config, "--kubeconfig", self.kubeconfig, "--wait", f"{READY_TIMEOUT_S}s"]
+        self._kind(task, *argv)
+        for workload in ("daemonset/kube-proxy", "deployment/coredns"):
+            task.say(f"waits for {workload}")
+            wait = ["rollout", "status", workload, f"--timeout={READY_TIMEOUT_S}s"]
+            task.run([self._paths.bin / "kubectl", "--kubeconfig", self.kubeconfig, "-n", "kube-system", *wait])
+        return False
+
+    def down(self, task: Task) -> None:
+        """Delete the cluster and its kubeconfig; the image store stays in the cache."""
+        if self._exists():
+            self._kind(task, "delete", "cluster", "--name", CLUSTER, "--kubeconfig", self.kubeconfig)
+        self.kubeconfig.unlink(missing_ok=True)
+
+    def load_image(self, task: Task, ref: str) -> bool:
+        """Stream an image from Docker into the node, unless the node has the same one under this name."""
+        wanted = image_id(self._docker, ref)
+        if self._node_image_id(ref) == wanted:
+            return True
+        task.say(f"loads {ref}")
+        reader = ["docker", "exec", "--interactive", NODE, "ctr", "--namespace", "k8s.io", "images", "import"]
+        self._pipe_images(task, [ref], [*reader, "--all-platforms", "-"])
+        if self._node_image_id(ref) != wanted:
+            raise LabError(f"{ref} is on the node as {self._node_image_id(ref)}, not {wanted}", cure=f"read {task.log_path}")
+        return False
+
+    def node_exec(self, argv: Sequence[str]) -> str:
+        words = ["docker", "exec", NODE, *argv]
+        environment = {**os.environ, **self._docker.environment()}
+        answer = subprocess.run(words, env=environment, capture_output=True, text=True)
+        if answer.returncode != 0:
+            raise LabError(
+                f"`{' '.join(argv)}` on the node ended with {answer.returncode}: {answer.stderr.strip()}",
+                cure="does `docker ps` show the node?",
+            )
+        return answer.stdout
+
+    def signal_container(self, *, namespace: str, pod: str, container: str, signal_name: str) -> tuple[int, ...]:
+        labels = {"pod.namespace": namespace, "pod.name": pod, "container.name": container}
+        filters = ",".join(f'labels."io.kubernetes.{name}"=={value}' for name, value in labels.items())
+        ctr = ["ctr", "--namespace", "k8s.io"]
+        known = set(self.node_exec([*ctr, "containers", "ls", "--quiet", filters]).split())
+        running = {line.split()[0] for line in self.node_exec([*ctr, "tasks", "ls"]).splitlines() if "RUNNING" in line}
+        pids: list[int] = []
+        for container_id in sorted(known & running):
+            listed = self.node_exec([*ctr, "tasks", "ps", container_id]).splitlines()[1:]
+            pids += [int(line.split()[0]) for line in listed]
+        if not pids:
+            raise LabError(f"no running container {namespace}/{pod}/{container} on the node", cure="look at its pod's status")
+        self.node_exec(["kill", f"-{signal_name}", *map(str, pids)])
+        return tuple(pids)
+
+    def _exists(self) -> bool:
+        return self._docker.ask("container", "inspect", "--format", "{{.State.Running}}", NODE) == "true"
+
+    def _node_image_id(self, ref: str) -> str | None:
+        words = ["docker", "exec", NODE, "crictl", "inspecti", ref]
+        environment = {**os.environ, **self._docker.environment()}
+        answer = subprocess.run(words, env=environment, capture_output=True, text=True)
+        return json.loads(answer.stdout)["status"]["id"] if answer.returncode == 0 else None
+
+    def _kind(self, task: Task, *words: str | Path) -> None:
+        task.run([self._paths.bin / "kind", *words], env=self._docker.environment(), cure="read the log")
+
+    def _node_image(self, task: Task) -> str:
+        """The node image, pulled where a registry gives it."""
+        if not self._registry:
+            return NODE_IMAGE
+        ref = read_versions().registry_node
+        if self._docker.ask("image", "inspect", ref) is None:
+            task.say(f"pulls {ref}")
+            task.run(["docker", "pull", ref], env=self._docker.environment())
+        return ref
+
+    def _prepare_store(self, task: Task, image: str) -> Path:
+        """The image store for this node image: control plane put in once, leftovers of the last cluster removed."""
+        stores = self._paths.cache / "node-store"
+        store = stores / image_id(self._docker, image).removeprefix("sha256:")[:16]
+        prepared = store / ".prepared"
+        if prepared.exists():
+            task.say("forgets what the last cluster ran")
+            self._store_helper(task, store, image, "prune")
+            return store
+        for other in stores.glob("*"):
+            shutil.rmtree(other)
+        store.mkdir(parents=True)
+        if self._registry:
+            task.say("copies the node image's own store")
+            self._store_helper(task, store, image, "copy")
+        else:
+            task.say("imports the control plane's images")
+            refs = [ref for names in control_plane_refs(read_versions()).values() for ref in names]
+            self._store_helper(task, store, image, "import", saved=refs)
+        prepared.touch()
+        return store
+
+    def _store_helper(self, task: Task, store: Path, image: str, step: str, *, saved: Sequence[str] = ()) -> None:
+        """Run node/store.sh on a store that no node uses; `saved` images of Docker go to its standard input."""
+        run = [
+            "docker", "run", "--rm", "--interactive", "--privileged", "--network", "none",
+            "--volume", f"{store}:{STORE_FOLDER if step != 'copy' else '/store'}",
+            "--volume", f"{NODE_SOURCES / 'store.sh'}:/store.sh:ro", "--entrypoint", "/store.sh", image, step,
+        ]  # fmt: skip
+        self._pipe_images(task, saved, run) if saved else task.run(run, env=self._docker.environment())
+
+    def _pipe_images(self, task: Task, refs: Sequence[str], reader: Sequence[str]) -> None:
+        """`docker save REFS | READER`, failing when either does."""
+        pipe = f"set -o pipefail; {shlex.join(['docker', 'save', *refs])} | {shlex.join(reader)}"
+        task.run(["bash", "-c", pipe], env=self._docker.environment())
+
+    def _config(self, image: str, store: Path) -> dict[str, Any]:
+        """kind's configuration of the cluster. Without a registry the node image carries a static network of its own."""
+        mounts = [
+            {"hostPath": str(store), "containerPath": STORE_FOLDER},
+            {"hostPath": str(self._paths.models), "containerPath": f"{NODE_FOLDER}/models", "readOnly": True},
+            {"hostPath": str(self._paths.data), "containerPath": f"{NODE_FOLDER}/data"},
+        ]
+        return {
+            "kind": "Cluster",
+            "apiVersion": "kind.x-k8s.io/v1alpha4",
+            "name": CLUSTER,
+            "networking": {"disableDefaultCNI": not self._registry},
+            "nodes": [{"role": "control-plane", "image": image, "extraMounts": mounts}],
+        }
+
+    def _make_folders(self) -> None:
+        """The folders that pods see; data belongs to the images' user where the lab may say so."""
+        self._paths.models.mkdir(parents=True, exist_ok=True)
+        self._paths.data.mkdir(parents=True, exist_ok=True)
+        if os.geteuid() == 0:
+            os.chown(self._paths.data, IMAGE_USER, IMAGE_USER)
+        else:
+            self._paths.data.chmod(0o777)
