@@ -95,6 +95,10 @@ class Fill:
     value_bits: int
     """The element's bit pattern as an unsigned integer of the target's width."""
 
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
 
 @dataclasses.dataclass(frozen=True)
 class SourceLayout:

@@ -28,9 +28,8 @@ def canonical(shape: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[Outer,
             merged[-1] = (merged[-1][0] * n, *dim[1:])
         else:
             merged.append(dim)
-    if merged and all(stride == 1 for stride in merged[-1][1:]):
-        return tuple(merged[:-1]), merged[-1][0]
-    return tuple(merged), 1
+    innermost = next((dim for dim in merged if all(stride == 1 for stride in dim[1:])), (1,))
+    return tuple(dim for dim in merged if dim is not innermost), innermost[0]
 
 
 def extent(outer: Outer, run: int, view: int = 0) -> int:
