@@ -37,11 +37,17 @@ def _convert(node: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any
         if key == "default" and value is None:
             continue
         out[key] = _convert_value(key, value, definitions)
-    if isinstance(out.get("default"), dict):
-        out["default"] = {}  # the fields' own defaults fill it, and null is no value of theirs
+    if "default" in out:
+        out["default"] = _without_nulls(out["default"])  # CEL rules judge a default as it stands here
     if "const" in out:
         out["enum"] = [out.pop("const")]
     return out
+
+
+def _without_nulls(default: Any) -> Any:
+    if not isinstance(default, dict):
+        return default
+    return {name: _without_nulls(value) for name, value in default.items() if value is not None}
 
 
 def _convert_value(key: str, value: Any, definitions: dict[str, Any]) -> Any:
