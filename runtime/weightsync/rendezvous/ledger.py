@@ -6,11 +6,11 @@ pushes fail with LedgerUnavailable. Imports redis and `weightsync.wire`; never t
 
 from __future__ import annotations
 
+from weightsync.rendezvous.handshake import HandshakeLedger
 from weightsync.rendezvous.members import MemberLedger
-from weightsync.rendezvous.pushes import PushLedger
 
 
-class Ledger(PushLedger, MemberLedger):
+class Ledger(HandshakeLedger, MemberLedger):
     """A thread-safe client of one session's ledger; a context manager. Every method may raise LedgerUnavailable.
 
     `Ledger.from_contract(contract)` opens the operator's; `ledger.until(deadline)` is the same client with another patience.

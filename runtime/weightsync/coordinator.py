@@ -1,0 +1,301 @@
+"""The first trainer rank's part of a push: who takes part, when writers begin, and the one decision at the end.
+
+Reads as the protocol: members, plan, begin, ready, open, go, wire, votes, decide, applied. Every wait ends at the push's one
+deadline, and sooner when somebody whom it waits for has died. Imports httpx for the engines' endpoint; never vLLM.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import httpx
+
+from weightsync import verify
+from weightsync.config import Contract
+from weightsync.errors import DeadlineExceeded, PushAborted, WeightSyncError
+from weightsync.rendezvous.handshake import Applied
+from weightsync.rendezvous.ledger import Ledger
+from weightsync.rendezvous.records import Member, PushRecord, Verdict, Vote, WriterReport
+from weightsync.transport.agent import only_network_transport
+from weightsync.waiting import Deadline, wait_until
+from weightsync.wire import Decision, PushSummary, ReplicaState
+from weightsync.writer import Writer
+
+logger = logging.getLogger(__name__)
+
+LEARN_S = 15.0
+"""ModelExpress gets so long to know a member that the ledger lists."""
+APPLY_S = 5.0
+"""Replicas get so long after a commit to say that they serve it; only the account waits for it, not the commit."""
+OPEN_WORKERS = 64
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Phases:
+    """Seconds that each phase of a push took on the coordinator."""
+
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+
+
+class Coordinator:
+    """Runs the pushes of one epoch on trainer rank 0."""
+
+    def __init__(self, *, contract: Contract, epoch: int, world_size: int, ledger: Ledger, writer: Writer) -> None:
+        self._contract = contract
+        self._epoch = epoch
+        self._world_size = world_size
+        self._ledger = ledger
+        self._writer = writer
+        self._sequence = 0
+        self._http = httpx.Client(headers={"Authorization": f"Bearer {contract.endpoint_token()}"}, trust_env=False)
+
+    def push(self, *, step: int, sequence: int, convert_s: float) -> PushSummary:
+        """Push what the arenas hold as the next version. Raises PushAborted with the reason, FencedOut when superseded."""
+        deadline = Deadline(self._contract.transfer.timeout_seconds)
+        members = self._wait_members(deadline)
+        return self._run(step, sequence, members, deadline, catch_up=0, convert_s=convert_s)
+
+    def catch_up(self, *, version: int, sequence: int, step: int) -> PushSummary | None:
+        """Bring the replicas that are torn or behind to `version`, which the arenas still hold; None when all are current."""
+        head = self._ledger.head()
+        if (head.version_epoch, head.version) != (self._epoch, version):
+            return None
+        late = {
+            name: member
+            for name, member in self._ledger.live_members().items()
+            if member.state == ReplicaState.DIRTY or (member.epoch, member.version) < head.order
+        }
+        if not late:
+            return None
+        deadline = Deadline(self._contract.transfer.timeout_seconds)
+        return self._run(step, sequence, late, deadline, catch_up=version, convert_s=0.0)
+
+    def close(self) -> None:
+        self._http.close()
+
+    def _run(
+        self, step: int, sequence: int, members: Mapping[str, Member], deadline: Deadline, *, catch_up: int, convert_s: float
+    ) -> PushSummary:
+        started = time.monotonic()
+        phases = _Phases(seconds={"convert": convert_s})
+        incarnations = {name: member.incarnation for name, member in members.items()}
+        with phases.phase("plan"):
+            plans = self._writer.learn(incarnations, Deadline(min(LEARN_S, deadline.left_s)))
+            record = self._ledger.begin_push(
+                epoch=self._epoch,
+                sequence=sequence,
+                step=step,
+                timeout_s=deadline.left_s,
+                writers=self._world_size,
+                members=incarnations,
+                plan_digests=plans,
+                catch_up=catch_up > 0,
+                floor_version=catch_up or max(member.version for member in members.values()),
+            )
+        try:
+            votes = self._carry_out(record, members, deadline, phases)
+            verdict = self._ledger.decide(record.push_id, Decision.COMMIT)
+        except WeightSyncError as error:
+            verdict = self._decide_abort(record, error)
+            votes = {}
+        return self._account(record, verdict, votes, phases, started, deadline)
+
+    def _carry_out(
+        self, record: PushRecord, members: Mapping[str, Member], deadline: Deadline, phases: _Phases
+    ) -> dict[tuple[str, int], Vote]:
+        """Everything between the begin of a push and its decision; raises when it cannot be committed."""
+        with phases.phase("plan"):
+            self._ledger.report_ready(record.push_id, 0)
+            self._wait_ready(record, deadline)
+        with phases.phase("open"):
+            self._open(record, members, deadline)
+            self._ledger.release_writers(record.push_id)
+        with phases.phase("wire"):
+            write_and_report(self._ledger, self._writer, record, 0, deadline)
+            self._wait_written(record, deadline)
+        with phases.phase("verify"):
+            return self._wait_votes(record, members, deadline)
+
+    def _wait_members(self, deadline: Deadline) -> dict[str, Member]:
+        def fetch() -> dict[str, Member] | None:
+            return self._ledger.live_members() or None
+
+        try:
+            return wait_until(fetch, deadline=deadline, what="no engine has joined the session", poll_max_s=0.5)
+        except DeadlineExceeded as error:
+            raise PushAborted(f"{error}; is an inference replica running, and can it reach the ledger?") from error
+
+    def _wait_ready(self, record: PushRecord, deadline: Deadline) -> None:
+        missing: set[int] = set(range(self._world_size))
+
+        def fetch() -> bool | None:
+            ready, _ = self._ledger.handshake(record.push_id)
+            missing.difference_update(ready)
+            self._fail_early(record)
+            return True if not missing else None
+
+        wait_until(fetch, deadline=deadline, what="trainer ranks are not ready to write", missing=lambda: f"missing {sorted(missing)}")
+
+    def _open(self, record: PushRecord, members: Mapping[str, Member], deadline: Deadline) -> None:
+        """Pause all replicas at once; the first refusal aborts the push."""
+        body = record.to_json()
+
+        def open_one(member: Member) -> str | None:
+            try:
+                answer = self._http.post(f"{member.url}/weightsync/v1/push", content=body, timeout=max(deadline.left_s, 0.1))
+            except httpx.HTTPError as error:
+                return f"{member.replica} at {member.url} did not open: {type(error).__name__} {error}"
+            return None if answer.is_success else f"{member.replica} refused: {_message(answer)}"
+
+        with concurrent.futures.ThreadPoolExecutor(min(OPEN_WORKERS, len(members))) as pool:
+            refusals = [refusal for refusal in pool.map(open_one, members.values()) if refusal is not None]
+        if refusals:
+            raise PushAborted(f"{len(refusals)} of {len(members)} replicas did not open: {'; '.join(refusals[:3])}")
+
+    def _wait_written(self, record: PushRecord, deadline: Deadline) -> None:
+        missing: set[int] = set(range(self._world_size))
+
+        def fetch() -> bool | None:
+            missing.difference_update(self._ledger.writer_reports(record.push_id))
+            self._fail_early(record)
+            return True if not missing else None
+
+        wait_until(fetch, deadline=deadline, what="trainer ranks have not written", missing=lambda: f"missing {sorted(missing)}")
+
+    def _wait_votes(
+        self, record: PushRecord, members: Mapping[str, Member], deadline: Deadline
+    ) -> dict[tuple[str, int], Vote]:
+        expected = {(name, rank) for name, member in members.items() for rank in range(member.ranks)}
+        missing: set[tuple[str, int]] = set(expected)
+
+        def fetch() -> dict[tuple[str, int], Vote] | None:
+            votes = self._ledger.votes(record.push_id)
+            missing.difference_update(votes)
+            refused = [vote for vote in votes.values() if not vote.ok]
+            if refused:
+                raise PushAborted(f"{refused[0].replica} rank {refused[0].rank} voted no: {refused[0].reason}")
+            self._fail_early(record)
+            return votes if not missing else None
+
+        return wait_until(fetch, deadline=deadline, what="replicas have not voted", missing=lambda: f"missing {sorted(missing)}")
+
+    def _fail_early(self, record: PushRecord) -> None:
+        """Raise PushAborted as soon as the push cannot succeed any more."""
+        verdict = self._ledger.decision(record.push_id)
+        if verdict is None or verdict.decision is Decision.ABORT:
+            raise PushAborted(verdict.reason if verdict else f"the ledger lost push {record.push_id}")
+        failed = [report for report in self._ledger.writer_reports(record.push_id).values() if not report.ok]
+        if failed:
+            raise PushAborted(f"trainer rank {failed[0].rank}: {failed[0].reason}")
+        lost = self._ledger.lost_writers(self._epoch, self._world_size)
+        if lost:
+            raise PushAborted(f"trainer ranks {list(lost)} are lost: their leases ran out")
+        dead = sorted(set(record.members) - set(self._ledger.live_members()))
+        if dead:
+            raise PushAborted(f"replicas {dead} are lost: their leases ran out")
+
+    def _decide_abort(self, record: PushRecord, error: WeightSyncError) -> Verdict:
+        try:
+            return self._ledger.decide(record.push_id, Decision.ABORT, str(error))
+        except WeightSyncError as unreachable:
+            return Verdict(decision=Decision.ABORT, reason=f"{error}; and the decision could not be told: {unreachable}")
+
+    def _account(
+        self,
+        record: PushRecord,
+        verdict: Verdict,
+        votes: Mapping[tuple[str, int], Vote],
+        phases: _Phases,
+        started: float,
+        deadline: Deadline,
+    ) -> PushSummary:
+        """Tell the ledger how the push went, whichever way; raises PushAborted when it was not committed."""
+        applied: dict[str, Applied] = {}
+        if verdict.decision is Decision.COMMIT:
+            with phases.phase("commit"):
+                applied = self._wait_applied(record)
+        reports = self._ledger.writer_reports(record.push_id)
+        summary = _summary(record, verdict, votes, applied, reports, phases.seconds, time.monotonic() - started)
+        self._ledger.report_summary(record.push_id, dataclasses.replace(summary, finished_at=self._ledger.now()))
+        if verdict.decision is not Decision.COMMIT:
+            raise PushAborted(f"version {record.version} (push {record.push_id}): {verdict.reason}")
+        return summary
+
+    def _wait_applied(self, record: PushRecord) -> dict[str, Applied]:
+        def fetch() -> dict[str, Applied] | None:
+            applied = self._ledger.applied(record.push_id)
+            return applied if len(applied) == len(record.members) else None
+
+        try:
+            return wait_until(fetch, deadline=Deadline(APPLY_S), what="replicas have not said that they serve")
+        except DeadlineExceeded as error:
+            logger.warning("push %s is committed, but %s", record.push_id, error)
+            return self._ledger.applied(record.push_id)
+
+
+def write_and_report(ledger: Ledger, writer: Writer, record: PushRecord, rank: int, deadline: Deadline) -> None:
+    """Write this rank's part, and tell the ledger once every handle is terminal, whether it went well or not."""
+    started = time.monotonic()
+    try:
+        written = writer.write(record, deadline)
+    except WeightSyncError as error:
+        ledger.report_writer(record.push_id, WriterReport(rank=rank, ok=False, reason=str(error)))
+        raise
+    seconds = {"wire": time.monotonic() - started}
+    ledger.report_writer(record.push_id, WriterReport(rank=rank, ok=True, bytes=written, seconds_by_phase=seconds))
+
+
+def _summary(
+    record: PushRecord,
+    verdict: Verdict,
+    votes: Mapping[tuple[str, int], Vote],
+    applied: Mapping[str, Applied],
+    reports: Mapping[int, WriterReport],
+    phases: Mapping[str, float],
+    seconds: float,
+) -> PushSummary:
+    committed = verdict.decision is Decision.COMMIT
+    received = sum(vote.bytes for vote in votes.values())
+    wire_s = max((report.seconds_by_phase.get("wire", 0.0) for report in reports.values()), default=0.0)
+    digests = {replica: sum(int(v.digest, 16) for v in votes.values() if v.replica == replica) for replica in record.members}
+    measured = {verify.to_hex(digest) for digest in digests.values()}
+    served = [verify.to_hex(sum(int(part, 16) for part in item.digest.split("+"))) for item in applied.values()]
+    transport = only_network_transport()
+    return PushSummary(
+        push_id=record.push_id,
+        epoch=record.epoch,
+        version=record.version,
+        step=record.step,
+        outcome=verdict.decision,
+        reason=verdict.reason,
+        catch_up=record.catch_up,
+        seconds=seconds + phases.get("convert", 0.0),
+        bytes=received,
+        gbps=received / wire_s / 1e9 if wire_s and received else 0.0,
+        pause_seconds=max((item.pause_seconds for item in applied.values()), default=0.0),
+        phases=dict(phases),
+        replicas=sorted(record.members),
+        digest=min(measured) if committed else "",
+        digest_ok=committed and len(measured) == 1 and set(served) == measured,
+        transports=[transport] if transport else [],
+    )
+
+
+def _message(answer: httpx.Response) -> str:
+    try:
+        return answer.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return f"HTTP {answer.status_code} {answer.text[:200]}"

@@ -1,0 +1,326 @@
+"""What a trainer uses: connect once, push after each optimizer step, close.
+
+    with Publisher.from_env(model) as publisher:
+        publisher.push(step=0)          # every epoch begins with a push of what the trainer holds
+        for step in range(1, steps):
+            ...
+            publisher.push(step=step)
+
+Every rank makes one and calls `push` for the same steps. A push converts this rank's shards into its slot arena, and returns
+when every engine serves them; the model may be changed at once. Between pushes a thread brings engines that start, restart or
+were torn up to the version that the arenas still hold, whatever the trainer is doing, so that a loop that samples from the
+engines never waits for a push that waits for it. Imports torch and torch.distributed, never vLLM.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import time
+from datetime import timedelta
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+from weightsync.config import Contract, PodFacts
+from weightsync.conversion import convert_into
+from weightsync.coordinator import Coordinator, write_and_report
+from weightsync.errors import ConfigError, FencedOut, PushAborted, WeightSyncError
+from weightsync.layout.families import family_of
+from weightsync.layout.records import SourceLayout
+from weightsync.layout.shards import LocalSources, sources_of
+from weightsync.rendezvous.heartbeat import writer_heartbeat
+from weightsync.rendezvous.ledger import Ledger
+from weightsync.rendezvous.modelexpress import Rendezvous
+from weightsync.rendezvous.records import PushRecord, WriterReport
+from weightsync.transport import Agent
+from weightsync.waiting import Deadline, wait_until
+from weightsync.wire import Decision, PushSummary
+from weightsync.writer import GRACE_S, Writer, check_plans
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 3
+"""A push that is aborted (an engine died, Redis came back) is tried again with the same bytes under a new version."""
+START_TIMEOUT_S = 300.0
+"""Ranks of one incarnation may start so far apart."""
+LATE_LOOK_S = 1.0
+FOLLOW_LOOK_S = 0.2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PushReport:
+    """A committed push, the same on every rank."""
+
+    version: int
+    epoch: int
+    step: int
+    seconds: float
+    bytes: int
+    """Payload bytes counted at the receivers, all replicas together."""
+    gbps: float
+    pause_seconds: float
+    digest: str
+    replicas: tuple[str, ...]
+
+
+class Publisher:
+    """One trainer rank's end of a session; a context manager."""
+
+    @classmethod
+    def from_env(cls, model: torch.nn.Module) -> Self:
+        """Join the session of $WEIGHTSYNC_CONFIG. `model` is the (FSDP2-wrapped) Hugging Face module; all ranks call this.
+
+        Raises ConfigError, UnsupportedLayout naming a tensor, FencedOut if a newer epoch is in force, LedgerUnavailable.
+        """
+        return cls(model, contract=Contract.load(), facts=PodFacts.load())
+
+    def __init__(self, model: torch.nn.Module, *, contract: Contract, facts: PodFacts) -> None:
+        self._rank, self._world_size = _position()
+        self._contract = contract
+        self._local = sources_of(model.named_parameters(), family_of(_config_of(model)))
+        self._arena = _arena(self._local)
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._ledger = Ledger.from_contract(contract)
+        self._epoch = self._agree_on_epoch(facts.epoch)
+        self._lease = writer_heartbeat(self._ledger, self._epoch, self._rank).start()
+        layouts = self._gather_layouts()
+        self._agent = Agent(f"{contract.session}/trainer/{self._epoch}/{self._rank}/{facts.uid}")
+        self._agent.register([self._arena])
+        self._rendezvous = Rendezvous.from_contract(contract)
+        self._writer = Writer(
+            contract=contract,
+            rank=self._rank,
+            agent=self._agent,
+            arena=self._arena,
+            layouts=layouts,
+            rendezvous=self._rendezvous,
+        )
+        self._coordinator = self._make_coordinator()
+        self._held: PushSummary | None = None
+        self._sequence = 0
+        self._keeper = threading.Thread(target=self._keep_current, name="weightsync-keeper", daemon=True)
+        self._keeper.start()
+
+    @property
+    def epoch(self) -> int:
+        """Incarnation of this trainer."""
+        return self._epoch
+
+    def push(self, *, step: int) -> PushReport:
+        """Convert and push the model's present weights; returns when the engines serve them. All ranks call it for a step.
+
+        Raises PushAborted with the reason after ATTEMPTS tries, FencedOut when another trainer took over (end this process),
+        and ConversionError naming a tensor with an infinity or NaN, before anything is sent.
+        """
+        with self._lock:
+            started = time.monotonic()
+            self._held = None
+            self._convert()
+            convert_s = time.monotonic() - started
+            for attempt in range(1, ATTEMPTS + 1):
+                try:
+                    self._held = self._push_once(step, convert_s)
+                    return _report(self._held)
+                except PushAborted as error:
+                    logger.warning("attempt %d of %d to push step %d: %s", attempt, ATTEMPTS, step, error)
+                    if attempt == ATTEMPTS:
+                        raise
+            raise AssertionError("unreachable")
+
+    def close(self) -> None:
+        """Leave the session; engines keep what they hold."""
+        self._closing.set()
+        self._keeper.join()
+        with self._lock:
+            self._lease.close()
+            self._writer.close()
+            self._agent.close()
+            self._rendezvous.close()
+            if self._coordinator is not None:
+                self._coordinator.close()
+            self._ledger.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _push_once(self, step: int, convert_s: float) -> PushSummary:
+        if self._coordinator is not None:
+            self._sequence += 1
+            return self._coordinator.push(step=step, sequence=self._sequence, convert_s=convert_s)
+        return self._follow_push(step)
+
+    def _follow_push(self, step: int) -> PushSummary:
+        """Take part in the coordinator's next push; catch-ups that it began meanwhile are refused, the arena has changed."""
+        patience = Deadline(self._contract.transfer.timeout_seconds + GRACE_S)
+        while True:
+            record = wait_until(self._take_next, deadline=patience, what=f"rank 0 has not begun the push of step {step}")
+            if not record.catch_up:
+                break
+            self._refuse(record, "this rank holds newer weights already")
+        if record.step != step:
+            self._refuse(record, f"this rank pushes step {step}, the coordinator step {record.step}")
+            raise PushAborted(f"rank {self._rank} pushes step {step}, rank 0 pushes step {record.step}: call push() alike on all ranks")
+        return self._follow(record)
+
+    def _follow(self, record: PushRecord) -> PushSummary:
+        """This rank's part of a push that rank 0 coordinates, up to its decision."""
+        deadline = Deadline.at(self._ledger.deadline_to_monotonic(record.deadline_at))
+        try:
+            check_plans(record, self._writer.learn(record.members, deadline))
+            self._ledger.report_ready(record.push_id, self._rank)
+            wait_until(lambda: self._may_write(record), deadline=deadline, what=f"push {record.push_id}: receivers are not open")
+            write_and_report(self._ledger, self._writer, record, self._rank, deadline)
+        except PushAborted:
+            raise
+        except WeightSyncError as error:
+            self._refuse(record, str(error))
+            raise PushAborted(f"push {record.push_id}: {error}") from error
+        return self._outcome(record, deadline)
+
+    def _may_write(self, record: PushRecord) -> bool | None:
+        verdict = self._ledger.decision(record.push_id)
+        if verdict is None or verdict.decision is not Decision.OPEN:
+            raise PushAborted(verdict.reason if verdict else f"the ledger lost push {record.push_id}")
+        _, released = self._ledger.handshake(record.push_id)
+        return True if released else None
+
+    def _outcome(self, record: PushRecord, deadline: Deadline) -> PushSummary:
+        def fetch() -> PushSummary | None:
+            summary = self._ledger.summary(record.push_id)
+            if summary is None:
+                self._fail_without_coordinator()
+            return summary
+
+        patience = Deadline(max(deadline.left_s, 0.0) + GRACE_S)
+        summary = wait_until(fetch, deadline=patience, what=f"push {record.push_id}: rank 0 has not told how it ended")
+        if summary.outcome != Decision.COMMIT:
+            raise PushAborted(f"version {record.version} (push {record.push_id}): {summary.reason}")
+        return summary
+
+    def _take_next(self) -> PushRecord | None:
+        """The coordinator's newest push, once; raises PushAborted when rank 0 is gone."""
+        newest = self._newest()
+        if newest is None:
+            self._fail_without_coordinator()
+            return None
+        self._sequence, record = newest
+        return record
+
+    def _newest(self) -> tuple[int, PushRecord] | None:
+        """The coordinator's newest push, unless this rank has taken it up already."""
+        current = self._ledger.current_push(self._epoch)
+        if current is None or current[0] <= self._sequence:
+            return None
+        sequence, push_id = current
+        record = self._ledger.push(push_id)
+        return None if record is None else (sequence, record)
+
+    def _fail_without_coordinator(self) -> None:
+        if 0 in self._ledger.lost_writers(self._epoch, self._world_size):
+            raise PushAborted("trainer rank 0 is lost: its lease ran out")
+
+    def _refuse(self, record: PushRecord, reason: str) -> None:
+        """Nothing of this rank is in flight for the push, and it will not be ready."""
+        self._ledger.report_writer(record.push_id, WriterReport(rank=self._rank, ok=False, reason=reason))
+
+    def _keep_current(self) -> None:
+        """Thread: bring late replicas up to what the arenas hold, whenever no push is under way."""
+        look_s = LATE_LOOK_S if self._coordinator is not None else FOLLOW_LOOK_S
+        while not self._closing.wait(look_s):
+            if self._held is None or not self._lock.acquire(blocking=False):
+                continue
+            try:
+                self._catch_up()
+            except FencedOut as error:
+                logger.error("catching up ends: %s", error)
+                return
+            except WeightSyncError as error:
+                logger.warning("late replicas were not brought up to date, trying again: %s", error)
+            finally:
+                self._lock.release()
+
+    def _catch_up(self) -> None:
+        held = self._held
+        if held is None:
+            return
+        if self._coordinator is not None:
+            summary = self._coordinator.catch_up(version=held.version, sequence=self._sequence + 1, step=held.step)
+            self._sequence += summary is not None
+            return
+        newest = self._newest()
+        if newest is not None and newest[1].catch_up and newest[1].version == held.version:
+            self._sequence, record = newest
+            self._follow(record)
+
+    def _convert(self) -> None:
+        """The rank's shards, as they are now, into the slot arena. Raises ConversionError before anything is sent."""
+        for piece in self._local.pieces:
+            length = piece.stop - piece.start
+            out = self._arena[piece.local_offset : piece.local_offset + length]
+            convert_into(out, piece.flat(), name=piece.name, target_format=self._contract.transfer.format)
+        self._writer.arena_changed()
+
+    def _make_coordinator(self) -> Coordinator | None:
+        if self._rank != 0:
+            return None
+        return Coordinator(
+            contract=self._contract, epoch=self._epoch, world_size=self._world_size, ledger=self._ledger, writer=self._writer
+        )
+
+    def _agree_on_epoch(self, given: int | None) -> int:
+        """The operator's epoch, or the next free one; rank 0 asks the ledger and tells the others."""
+        epoch = self._ledger.until(time.monotonic() + START_TIMEOUT_S).open_epoch(given) if self._rank == 0 else 0
+        return self._exchange(epoch)[0]
+
+    def _gather_layouts(self) -> list[SourceLayout]:
+        packed = self._exchange(self._local.layout(self._rank).to_bytes())
+        return [SourceLayout.from_bytes(data) for data in packed]
+
+    def _exchange(self, value: Any) -> list[Any]:
+        """What every rank says, by rank; over a gloo group of our own, so that a trainer's collectives are not disturbed."""
+        if self._world_size == 1:
+            return [value]
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=START_TIMEOUT_S))
+        answers: list[Any] = [None] * self._world_size
+        dist.all_gather_object(answers, value, group=group)
+        dist.destroy_process_group(group)
+        return answers
+
+
+def _position() -> tuple[int, int]:
+    """(rank, world size); never from a device index, which is 0 wherever a process sees one GPU."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _config_of(model: torch.nn.Module) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        raise ConfigError(f"{type(model).__name__} has no Hugging Face `config`: it names the family that maps parameters to the checkpoint")
+    return config.to_dict()
+
+
+def _arena(local: LocalSources) -> torch.Tensor:
+    """[n] bf16 on the parameters' device; one element even for a rank that holds nothing, since NIXL registers no empty memory."""
+    device = local.pieces[0].flat().device if local.pieces else torch.device("cpu")
+    return torch.empty(max(local.arena_numel, 1), dtype=torch.bfloat16, device=device)
+
+
+def _report(summary: PushSummary) -> PushReport:
+    return PushReport(
+        version=summary.version,
+        epoch=summary.epoch,
+        step=summary.step,
+        seconds=summary.seconds,
+        bytes=summary.bytes,
+        gbps=summary.gbps,
+        pause_seconds=summary.pause_seconds,
+        digest=summary.digest,
+        replicas=tuple(summary.replicas),
+    )

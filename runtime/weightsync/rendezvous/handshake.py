@@ -1,0 +1,58 @@
+"""Handshake of one push beyond its decision: who is ready to write, the word to go, what each replica applied.
+
+A part of `Ledger`; imports no client of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from weightsync.rendezvous.pushes import PushLedger
+from weightsync.wire import JsonRecord, Keys, PushSummary
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Applied(JsonRecord):
+    """A replica serves the version of a committed push."""
+
+    replica: str
+    digest: str
+    """Hexadecimal, of live memory before it served; one a rank, joined by `+`."""
+    pause_seconds: float
+    """From the request to pause until generation went on."""
+
+
+class HandshakeLedger(PushLedger):
+    """The part of the ledger by which the processes of one push keep step."""
+
+    def report_ready(self, push_id: str, rank: int) -> bool:
+        """A trainer rank has planned, converted and prepared its writes. False when the ledger does not know the push."""
+        return self._add_to_push(push_id, f"ready:{rank}", "1")
+
+    def release_writers(self, push_id: str) -> bool:
+        """All receivers are open: the writers may begin. False when the ledger does not know the push."""
+        return self._add_to_push(push_id, "go", "1")
+
+    def handshake(self, push_id: str) -> tuple[frozenset[int], bool]:
+        """(trainer ranks that are ready, whether writers may begin)."""
+        fields = self._call("read push", lambda client: client.hkeys(Keys(self.session).push(push_id)))
+        ready = frozenset(int(field.removeprefix("ready:")) for field in fields if field.startswith("ready:"))  # type: ignore[union-attr]
+        return ready, "go" in fields  # type: ignore[operator]
+
+    def report_applied(self, push_id: str, applied: Applied) -> bool:
+        """A replica serves the push. False when the ledger does not know the push."""
+        return self._add_to_push(push_id, f"applied:{applied.replica}", applied.to_json())
+
+    def applied(self, push_id: str) -> dict[str, Applied]:
+        """What the replicas applied, by name."""
+        return {applied.replica: applied for applied in self._read_from_push(push_id, "applied:", Applied.from_json)}
+
+    def report_summary(self, push_id: str, summary: PushSummary) -> bool:
+        """The coordinator's account of a push, for the other trainer ranks and, as the newest of `pushes`, the operator."""
+        self.publish_push(summary)
+        return self._add_to_push(push_id, "summary:", summary.to_json())
+
+    def summary(self, push_id: str) -> PushSummary | None:
+        """The coordinator's account; None until it gave one."""
+        summaries = self._read_from_push(push_id, "summary:", PushSummary.from_json)
+        return summaries[0] if summaries else None

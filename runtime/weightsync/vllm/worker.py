@@ -1,0 +1,118 @@
+"""The worker extension: gives each vLLM worker a `Receiver` over its live model, and RPC methods that reach it.
+
+vLLM adds this class to its worker's bases (`--worker-extension-cls`); its public methods are called through
+`collective_rpc`, in the engine's step loop, so each of them is short. Arguments and results are JSON text, since vLLM's
+serialization between processes admits plain values only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from weightsync.config import Contract, PodFacts
+from weightsync.errors import ConfigError, WeightSyncError
+from weightsync.layout.records import SourceTensor, TargetLayout
+from weightsync.layout.trace import trace_loader
+from weightsync.receiver import Receiver
+from weightsync.rendezvous.ledger import Ledger
+from weightsync.rendezvous.modelexpress import Rendezvous
+from weightsync.rendezvous.records import PushRecord
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker; every name starts with `weightsync_`, since the worker must not have it already."""
+
+    model_runner: Any
+    rank: int
+
+    def weightsync_start(self, replica: str) -> str:
+        """Trace the loader, offer the live parameters and describe them. Repeating it only describes."""
+        return _guarded(lambda: self._weightsync_offer(replica).describe())
+
+    def _weightsync_offer(self, replica: str) -> Receiver:
+        receiver = getattr(self, "_weightsync_receiver", None)
+        if receiver is None:
+            receiver = self._weightsync_receiver = _make_receiver(self.model_runner.model, self.rank, replica)
+        return receiver
+
+    def weightsync_describe(self) -> str:
+        """State of this rank."""
+        return _answer(self._weightsync_receiver.describe())
+
+    def weightsync_open(self, record: str) -> str:
+        """Offer memory to the writers of a push; the engine must be paused."""
+        return _guarded(lambda: self._weightsync_receiver.open(PushRecord.from_json(record)))
+
+    def weightsync_commit(self, push_id: str) -> str:
+        """The push is committed."""
+        return _guarded(lambda: self._weightsync_receiver.commit(push_id))
+
+    def weightsync_abort(self, push_id: str, reason: str) -> str:
+        """The push is aborted."""
+        return _guarded(lambda: self._weightsync_receiver.abort(push_id, reason))
+
+
+def _answer(description: Any) -> str:
+    return json.dumps(dataclasses.asdict(description))
+
+
+def _guarded(call: Any) -> str:
+    """A refusal must not kill the engine's step loop: it travels back as a value."""
+    try:
+        return _answer(call())
+    except WeightSyncError as error:
+        logger.warning("refused: %s", error)
+        return json.dumps({"error": type(error).__name__, "message": str(error)})
+
+
+def _make_receiver(model: torch.nn.Module, rank: int, replica: str) -> Receiver:
+    contract, facts = Contract.load(), PodFacts.load()
+    ledger = Ledger.from_contract(contract)
+    rendezvous = Rendezvous.from_contract(contract)
+    params = {name: parameter.data for name, parameter in model.named_parameters()}
+    layout = trace_model(model, checkpoint_sources(contract.model.path))
+    return Receiver(
+        contract=contract,
+        facts=facts,
+        replica=replica,
+        rank=rank,
+        params=params,
+        layout=layout,
+        ledger=ledger,
+        rendezvous=rendezvous,
+    )
+
+
+def trace_model(model: torch.nn.Module, sources: list[SourceTensor]) -> TargetLayout:
+    """Ask the model's own `load_weights` where each element of each parameter comes from; copies nothing."""
+    import vllm
+
+    layout = trace_loader(model.load_weights, dict(model.named_parameters()), sources)  # type: ignore[arg-type, operator]
+    meta = {"vllm": vllm.__version__, "model": type(model).__name__, "platform": str(next(model.parameters()).device.type)}
+    return dataclasses.replace(layout, meta=meta)
+
+
+def checkpoint_sources(path: str) -> list[SourceTensor]:
+    """Names, shapes and dtypes of the checkpoint's tensors, from the headers of its safetensors files.
+
+    Raises ConfigError when the folder holds none.
+    """
+    files = sorted(Path(path).glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"model.path {path} has no safetensors file to learn the checkpoint's names from")
+    sources = []
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
+                view = opened.get_slice(name)
+                sources.append(SourceTensor(name=name, shape=tuple(view.get_shape()), dtype="bfloat16"))
+    return sources
