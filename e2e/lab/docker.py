@@ -20,7 +20,9 @@ from e2e.lab.waiting import wait_until
 
 BRIDGE = "weightsync0"
 BRIDGE_ADDRESS = "172.29.0.1/24"
-NETWORK_POOL = "base=172.30.0.0/16,size=24"  # kind's network; 172.17/16, Docker's own first choice, may be another daemon's
+NETWORK_POOL = (
+    "base=172.30.0.0/16,size=24"  # kind's network; 172.17/16, Docker's own first choice, may be another daemon's
+)
 CAP_SYS_RESOURCE = 24
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 60.0
@@ -42,7 +44,7 @@ class Docker:
     def ask(self, *words: str) -> str | None:
         """What a docker command prints, or None when it fails (no such image, no such container)."""
         answer = subprocess.run(
-            ["docker", *words], env={**os.environ, **self.environment()}, capture_output=True, text=True
+            ["docker", *words], check=False, env={**os.environ, **self.environment()}, capture_output=True, text=True
         )
         return answer.stdout.strip() if answer.returncode == 0 else None
 
@@ -67,7 +69,9 @@ def require_docker(paths: LabPaths) -> Docker:
     """Like `find_docker`, but raises LabError where nothing answers."""
     docker = find_docker(paths)
     if docker is None:
-        raise LabError("no Docker daemon answers", cure="run `python -m e2e.lab up`, which starts one, or start your own")
+        raise LabError(
+            "no Docker daemon answers", cure="run `python -m e2e.lab up`, which starts one, or start your own"
+        )
     return docker
 
 

@@ -79,6 +79,6 @@ def _forward_policy(program: str) -> str | None:
 def _filter(program: str, *words: str) -> str:
     """Run iptables; empty when it is absent or refuses, since what cannot be listed was not changed by us either."""
     try:
-        return subprocess.run([program, *words], capture_output=True, text=True).stdout
+        return subprocess.run([program, *words], check=False, capture_output=True, text=True).stdout
     except FileNotFoundError:
         return ""

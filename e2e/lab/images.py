@@ -4,6 +4,7 @@ Imports the standard library and the lab's own modules.
 """
 
 import io
+import json
 import os
 import subprocess
 import tarfile
@@ -11,20 +12,32 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from e2e.lab.content import content_key, files_below
 from e2e.lab.docker import Docker
 from e2e.lab.errors import LabError
 from e2e.lab.paths import REPOSITORY, LabPaths
 from e2e.lab.task import Task
+from e2e.lab.thinimage import ThinImage, layers_of
 from e2e.lab.tools import tool_path
 from e2e.lab.versions import Versions, read_versions
 
 CONTENT_LABEL = "weightsync.dev/content"
 LOCAL_BASE = "weightsync/base:dev"
+PROJECT_LAYER_TARGET = "project-layer"
+PROJECT_LAYER_REF = "weightsync/project-layer:dev"
 REGISTRY_ENV = "WEIGHTSYNC_LAB_REGISTRY"
 REGISTRY_TIMEOUT_S = 20.0
-PROJECT_FILES = ("Dockerfile", "pyproject.toml", "README.md", "constraints.txt", "operator", "runtime", "e2e/lab/images")
+PROJECT_FILES = (
+    "Dockerfile",
+    "pyproject.toml",
+    "README.md",
+    "constraints.txt",
+    "operator",
+    "runtime",
+    "e2e/lab/images",
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,13 @@ class Image:
     target: str | None = None
     tool: str | None = None
     """A tool of the store whose binary joins the context."""
+    base_target: str | None = None
+    """The target below the project's layer, for images that consist of a heavy base and that layer."""
+
+    @property
+    def base_ref(self) -> str:
+        """The name of the image below the project's layer."""
+        return self.ref.replace(":", "-base:")
 
 
 IMAGES: Mapping[str, Image] = {
@@ -50,8 +70,12 @@ IMAGES: Mapping[str, Image] = {
     "modelexpress": Image(
         "weightsync/modelexpress:dev", 60, "Dockerfile", ("Dockerfile",), target="modelexpress", tool="modelexpress"
     ),
-    "operator": Image("weightsync/operator:dev", 120, "Dockerfile", PROJECT_FILES, target="operator"),
-    "runtime": Image("weightsync/runtime:dev", 300, "Dockerfile", PROJECT_FILES, target="runtime"),
+    "operator": Image(
+        "weightsync/operator:dev", 120, "Dockerfile", PROJECT_FILES, target="operator", base_target="operator-base"
+    ),
+    "runtime": Image(
+        "weightsync/runtime:dev", 300, "Dockerfile", PROJECT_FILES, target="runtime", base_target="runtime-base"
+    ),
 }  # fmt: skip
 
 
@@ -63,7 +87,12 @@ def registry_reachable(docker: Docker) -> bool:
     argv = ["docker", "manifest", "inspect", read_versions().registry_base]
     environment = {**os.environ, **docker.environment()}
     try:
-        return subprocess.run(argv, env=environment, capture_output=True, timeout=REGISTRY_TIMEOUT_S).returncode == 0
+        return (
+            subprocess.run(
+                argv, env=environment, check=False, capture_output=True, timeout=REGISTRY_TIMEOUT_S
+            ).returncode
+            == 0
+        )
     except subprocess.TimeoutExpired:
         return False
 
@@ -92,16 +121,23 @@ def build_image(task: Task, paths: LabPaths, docker: Docker, name: str, base: st
     arguments = _build_arguments(image, versions, base)
     files = [REPOSITORY / each for each in image.files]
     tool = [str(tool_path(image.tool, paths))] if image.tool else []
-    key = content_key(name, docker.ask("image", "inspect", "--format", "{{.Id}}", base) or base, *arguments, *tool, *files)
+    key = content_key(
+        name, docker.ask("image", "inspect", "--format", "{{.Id}}", base) or base, *arguments, *tool, *files
+    )
     if image_key(docker, image.ref) == key:
         return True
-    task.say(f"builds {image.ref}")
-    argv = ["docker", "build", "--network", "host", "--file", image.dockerfile, "--tag", image.ref]
-    argv += ["--label", f"{CONTENT_LABEL}={key}", *arguments, *(["--target", image.target] if image.target else []), "-"]
-    with tempfile.TemporaryFile() as context:
-        _write_context(context, files, tool_path(image.tool, paths) if image.tool else None)
-        context.seek(0)
-        task.run(argv, env=docker.environment(), stdin=context, cure="read the log")
+    targets = {image.ref: image.target}
+    if image.base_target:
+        targets |= {image.base_ref: image.base_target, PROJECT_LAYER_REF: PROJECT_LAYER_TARGET}
+    label = ["--label", f"{CONTENT_LABEL}={key}"]
+    for ref, target in reversed(targets.items()):  # the image itself last: its label says that all are there
+        task.say(f"builds {ref}")
+        argv = ["docker", "build", "--network", "host", "--file", image.dockerfile, "--tag", ref, *arguments]
+        argv += [*(label if ref == image.ref else []), *(["--target", target] if target else []), "-"]
+        with tempfile.TemporaryFile() as context:
+            _write_context(context, files, tool_path(image.tool, paths) if image.tool else None)
+            context.seek(0)
+            task.run(argv, env=docker.environment(), stdin=context, cure="read the log")
     return False
 
 
@@ -140,11 +176,28 @@ def _add(archive: tarfile.TarFile, path: Path, name: str) -> None:
         archive.addfile(info, data)
 
 
+def inspect_image(docker: Docker, ref: str) -> dict[str, Any]:
+    """What `docker image inspect` says; raises LabError when there is no such image."""
+    said = docker.ask("image", "inspect", ref)
+    if said is None:
+        raise LabError(f"image {ref} is not there", cure="run `python -m e2e.lab up`, or build it")
+    return json.loads(said)[0]
+
+
 def image_id(docker: Docker, ref: str) -> str:
     """The digest of an image's configuration, which the node shows too. Raises LabError when there is no such image."""
-    found = docker.ask("image", "inspect", "--format", "{{.Id}}", ref)
-    if found is None:
-        raise LabError(f"image {ref} is not there", cure="run `python -m e2e.lab up`, or build it")
-    return found
+    return inspect_image(docker, ref)["Id"]
 
 
+def thin_image(docker: Docker, ref: str) -> ThinImage | None:
+    """An image of IMAGES as its base and the project's layer; None for one that is not made so."""
+    image = next((each for each in IMAGES.values() if each.ref == ref and each.base_target), None)
+    if image is None:
+        return None
+    (top,) = layers_of(inspect_image(docker, PROJECT_LAYER_REF))
+    return ThinImage(
+        name=f"docker.io/{ref}",
+        inspected=inspect_image(docker, ref),
+        base_layers=tuple(layers_of(inspect_image(docker, image.base_ref))),
+        top_layer=top,
+    )

@@ -22,7 +22,7 @@ NO_SERVICES = "#!/bin/sh\n# Written by WeightSync's lab while it installs packag
 def missing_packages(names: Sequence[str]) -> list[str]:
     """Those of `names` that dpkg does not call installed."""
     argv = ["dpkg-query", "--show", "--showformat", "${Package} ${db:Status-Abbrev}\n", *names]
-    listed = subprocess.run(argv, capture_output=True, text=True).stdout
+    listed = subprocess.run(argv, check=False, capture_output=True, text=True).stdout
     present = {line.split()[0] for line in listed.splitlines() if line.split()[1:] == ["ii"]}
     return [name for name in names if name not in present]
 
@@ -33,12 +33,16 @@ def ensure_packages(task: Task, names: Sequence[str], *, say: str) -> bool:
     Raises LabError with the list where the lab may not install: not root, or not Debian or Ubuntu. No service is started.
     """
     if shutil.which("dpkg-query") is None:
-        raise LabError(f"this is no Debian or Ubuntu, so {', '.join(names)} cannot be installed", cure=f"install them: {say}")
+        raise LabError(
+            f"this is no Debian or Ubuntu, so {', '.join(names)} cannot be installed", cure=f"install them: {say}"
+        )
     missing = missing_packages(names)
     if not missing:
         return True
     if os.geteuid() != 0:
-        raise LabError(f"{', '.join(missing)} are not installed and this is not root", cure=f"apt-get install them: {say}")
+        raise LabError(
+            f"{', '.join(missing)} are not installed and this is not root", cure=f"apt-get install them: {say}"
+        )
     task.say(f"installs {' '.join(missing)} ({say})")
     environment = {"DEBIAN_FRONTEND": "noninteractive"}
     with _services_held():

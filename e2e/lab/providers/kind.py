@@ -9,23 +9,27 @@ import os
 import shlex
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from e2e.lab.docker import Docker
 from e2e.lab.errors import LabError
-from e2e.lab.images import image_id
+from e2e.lab.images import PROJECT_LAYER_REF, image_id, thin_image
 from e2e.lab.nodeimage import NODE_IMAGE, NODE_SOURCES, control_plane_refs
 from e2e.lab.paths import LabPaths
 from e2e.lab.providers import Capability
 from e2e.lab.task import Task
+from e2e.lab.thinimage import ThinImage, only_layer
 from e2e.lab.versions import read_versions
 
 CLUSTER = "weightsync"
 NODE = f"{CLUSTER}-control-plane"
 NODE_FOLDER = "/var/lib/weightsync"
 STORE_FOLDER = "/var/lib/containerd"
+CONTENT_FOLDER = f"{STORE_FOLDER}/io.containerd.content.v1.content/blobs"
+IMPORT = ("ctr", "--namespace", "k8s.io", "images", "import", "--all-platforms", "-")
 READY_TIMEOUT_S = 180
 IMAGE_USER = 10001
 
@@ -52,7 +56,16 @@ class KindProvider:
         config = self._paths.lab / "kind.json"
         config.write_text(json.dumps(self._config(image, self._prepare_store(task, image)), indent=2))
         task.say("creates the cluster")
-        argv = ["create", "cluster", "--config", config, "--kubeconfig", self.kubeconfig, "--wait", f"{READY_TIMEOUT_S}s"]
+        argv = [
+            "create",
+            "cluster",
+            "--config",
+            config,
+            "--kubeconfig",
+            self.kubeconfig,
+            "--wait",
+            f"{READY_TIMEOUT_S}s",
+        ]
         self._kind(task, *argv)
         for workload in ("daemonset/kube-proxy", "deployment/coredns"):
             task.say(f"waits for {workload}")
@@ -67,21 +80,61 @@ class KindProvider:
         self.kubeconfig.unlink(missing_ok=True)
 
     def load_image(self, task: Task, ref: str) -> bool:
-        """Stream an image from Docker into the node, unless the node has the same one under this name."""
-        wanted = image_id(self._docker, ref)
+        """Stream an image from Docker into the node, unless the node has the same one under this name.
+
+        Of an image that is a heavy base and the project's layer, only that layer is sent to a node that has the base.
+        """
+        thin = thin_image(self._docker, ref)
+        wanted = thin.image_id if thin else image_id(self._docker, ref)
         if self._node_image_id(ref) == wanted:
             return True
-        task.say(f"loads {ref}")
-        reader = ["docker", "exec", "--interactive", NODE, "ctr", "--namespace", "k8s.io", "images", "import"]
-        self._pipe_images(task, [ref], [*reader, "--all-platforms", "-"])
+        if thin:
+            self._load_thin(task, ref, thin)
+        else:
+            self._load_whole(task, ref)
         if self._node_image_id(ref) != wanted:
-            raise LabError(f"{ref} is on the node as {self._node_image_id(ref)}, not {wanted}", cure=f"read {task.log_path}")
+            raise LabError(
+                f"{ref} is on the node as {self._node_image_id(ref)}, not {wanted}", cure=f"read {task.log_path}"
+            )
         return False
+
+    def _load_whole(self, task: Task, ref: str) -> None:
+        task.say(f"loads {ref}")
+        self._pipe_images(task, [ref], ["docker", "exec", "--interactive", NODE, *IMPORT])
+
+    def _load_thin(self, task: Task, ref: str, thin: ThinImage) -> None:
+        sizes_bytes = self._layer_sizes(thin.base_layers)
+        if sizes_bytes is None:
+            self._load_whole(task, ref.replace(":", "-base:"))
+            sizes_bytes = self._layer_sizes(thin.base_layers)
+        if sizes_bytes is None:
+            raise LabError(
+                f"the node does not keep the layers of {ref} uncompressed", cure="use Docker's classic image store"
+            )
+        task.say(f"loads the project's layer of {ref}")
+        environment = {**os.environ, **self._docker.environment()}
+        saved = subprocess.run(
+            ["docker", "save", PROJECT_LAYER_REF], env=environment, capture_output=True, check=True
+        ).stdout
+        with tempfile.TemporaryFile() as archive:
+            thin.write_archive(archive, base_sizes_bytes=sizes_bytes, layer=only_layer(saved))
+            archive.seek(0)
+            task.run(["docker", "exec", "--interactive", NODE, *IMPORT], env=self._docker.environment(), stdin=archive)
+
+    def _layer_sizes(self, digests: Sequence[str]) -> dict[str, int] | None:
+        """The bytes of each layer in the node's content store; None when one is missing."""
+        paths = [f"{CONTENT_FOLDER}/{digest.replace(':', '/')}" for digest in digests]
+        words = ["docker", "exec", NODE, "stat", "--format", "%s", *paths]
+        environment = {**os.environ, **self._docker.environment()}
+        answer = subprocess.run(words, env=environment, check=False, capture_output=True, text=True)
+        if answer.returncode != 0:
+            return None
+        return dict(zip(digests, map(int, answer.stdout.split()), strict=True))
 
     def node_exec(self, argv: Sequence[str]) -> str:
         words = ["docker", "exec", NODE, *argv]
         environment = {**os.environ, **self._docker.environment()}
-        answer = subprocess.run(words, env=environment, capture_output=True, text=True)
+        answer = subprocess.run(words, env=environment, check=False, capture_output=True, text=True)
         if answer.returncode != 0:
             raise LabError(
                 f"`{' '.join(argv)}` on the node ended with {answer.returncode}: {answer.stderr.strip()}",
@@ -100,7 +153,9 @@ class KindProvider:
             listed = self.node_exec([*ctr, "tasks", "ps", container_id]).splitlines()[1:]
             pids += [int(line.split()[0]) for line in listed]
         if not pids:
-            raise LabError(f"no running container {namespace}/{pod}/{container} on the node", cure="look at its pod's status")
+            raise LabError(
+                f"no running container {namespace}/{pod}/{container} on the node", cure="look at its pod's status"
+            )
         self.node_exec(["kill", f"-{signal_name}", *map(str, pids)])
         return tuple(pids)
 
@@ -110,7 +165,7 @@ class KindProvider:
     def _node_image_id(self, ref: str) -> str | None:
         words = ["docker", "exec", NODE, "crictl", "inspecti", ref]
         environment = {**os.environ, **self._docker.environment()}
-        answer = subprocess.run(words, env=environment, capture_output=True, text=True)
+        answer = subprocess.run(words, env=environment, check=False, capture_output=True, text=True)
         return json.loads(answer.stdout)["status"]["id"] if answer.returncode == 0 else None
 
     def _kind(self, task: Task, *words: str | Path) -> None:
