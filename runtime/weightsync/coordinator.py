@@ -203,9 +203,9 @@ class Coordinator:
         lost = self._ledger.lost_writers(self._epoch, self._world_size)
         if lost:
             raise PushAborted(f"trainer ranks {list(lost)} are lost: their leases ran out")
-        dead = sorted(set(record.members) - set(self._ledger.live_members()))
+        dead = self._ledger.lost_members(record.members)
         if dead:
-            raise PushAborted(f"replicas {dead} are lost: their leases ran out")
+            raise PushAborted(f"replicas {list(dead)} are lost: their leases ran out, or they restarted")
 
     def _decide_abort(self, record: PushRecord, error: WeightSyncError) -> Verdict:
         try:

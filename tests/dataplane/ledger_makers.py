@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
+from weightsync.errors import FencedOut
+from weightsync.rendezvous.heartbeat import Heartbeat
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.records import Member, PushRecord
-from weightsync.wire import Decision
+from weightsync.wire import Decision, ReplicaStatus
 
 
 def member(replica: str = "engine-0", **changes: object) -> Member:
@@ -39,3 +44,23 @@ def commit(ledger: Ledger, epoch: int, **changes: object) -> PushRecord:
     if verdict.decision is not Decision.COMMIT:
         raise RuntimeError(f"push {push.push_id} was not committed: {verdict.reason}")
     return push
+
+
+def replica_heartbeat(
+    ledger: Ledger,
+    current: Callable[[], Member] = member,
+    status: Callable[[], ReplicaStatus] | None = None,
+    *,
+    ttl_s: float,
+    on_fenced: Callable[[FencedOut], None] | None = None,
+) -> Heartbeat:
+    """A replica's heartbeat as the vLLM plug-in makes it: joins each third of its lease under its first `joined_at`."""
+    joined_at = 0.0
+
+    def beat() -> None:
+        nonlocal joined_at
+        joined_at = ledger.join(dataclasses.replace(current(), joined_at=joined_at), ttl_s).joined_at
+        if status is not None:
+            ledger.publish_replica_status(status())
+
+    return Heartbeat("replica", beat, interval_s=ttl_s / 3, on_fenced=on_fenced)

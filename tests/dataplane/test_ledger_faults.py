@@ -1,4 +1,4 @@
-"""What the ledger's client makes of a Redis that is gone, frozen, full, or does not let it in: one error, in time, with a cure."""
+"""What the ledger's client makes of a Redis that is gone, frozen, full or closed: one error, in time, with a cure."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tests.fixtures.servers import RedisServer, free_port
 from weightsync.config import Contract
 from weightsync.errors import LedgerUnavailable
 from weightsync.rendezvous.connection import SOCKET_TIMEOUT_S
+from weightsync.rendezvous.handshake import Applied
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.records import Vote, WriterReport
 from weightsync.wire import PushSummary, ReplicaStatus
@@ -137,7 +138,12 @@ def use_every_method(ledger: Ledger) -> None:
     ledger.publish_push(PushSummary(push_id="1.1.1", epoch=1, version=1, step=1, outcome="COMMIT"))
     ledger.publish_replica_status(ReplicaStatus(name="engine-0", version=0, epoch=0, state="CLEAN", serving=True))
     assert (len(ledger.pushes()), len(ledger.replica_statuses())) == (1, 1)
-    assert ledger.age_s() >= 0.0
-    assert ledger.forget_dead_members() == []
+    assert ledger.lost_members({joined.replica: joined.incarnation}) == ()
+    assert ledger.report_ready(push.push_id, 1)
+    assert ledger.release_writers(push.push_id)
+    assert ledger.handshake(push.push_id) == (frozenset({1}), True)
+    assert ledger.report_applied(push.push_id, Applied(replica="engine-0", digest="0", pause_seconds=0.1))
+    assert ledger.applied(push.push_id).keys() == {"engine-0"}
+    assert ledger.summary(push.push_id) is None
     assert ledger.leave(joined.replica, joined.incarnation)
     assert ledger.deadline_to_monotonic(ledger.now() + 10) > time.monotonic()

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.dataplane.ledger_makers import begin, commit, member
+from tests.dataplane.ledger_makers import begin, commit, member, replica_heartbeat
 from tests.fixtures.servers import RedisServer
 from weightsync.errors import FencedOut, LedgerUnavailable
-from weightsync.rendezvous.heartbeat import Heartbeat, member_heartbeat, writer_heartbeat
+from weightsync.rendezvous.heartbeat import Heartbeat, writer_heartbeat
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.waiting import Deadline, wait_until
 from weightsync.wire import ReplicaStatus
@@ -33,7 +33,7 @@ def test_replica_is_back_in_a_ledger_that_lost_its_data(redis_server: RedisServe
     """1. A replica beats. 2. Redis restarts empty. 3. Member, lease, status, epoch and version are there again."""
     held = member(version=4, epoch=2, seen_epoch=3)
     reader = open_ledger()
-    with member_heartbeat(open_ledger(), lambda: held, a_status, ttl_s=TTL_S) as heartbeat:
+    with replica_heartbeat(open_ledger(), lambda: held, a_status, ttl_s=TTL_S) as heartbeat:
         assert heartbeat.wait_first(5)
         joined_at = reader.live_members()["engine-0"].joined_at
         redis_server.restart(with_data=False)
@@ -46,7 +46,7 @@ def test_replica_is_back_in_a_ledger_that_lost_its_data(redis_server: RedisServe
 def test_heartbeat_tells_an_outage_and_goes_on_after_it(
     redis_server: RedisServer, open_ledger: OpenLedger, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with member_heartbeat(open_ledger(), member, ttl_s=TTL_S) as heartbeat:
+    with replica_heartbeat(open_ledger(retry_s=0.2), ttl_s=TTL_S) as heartbeat:
         assert heartbeat.wait_first(5)
         redis_server.kill()
         eventually(lambda: isinstance(heartbeat.last_error, LedgerUnavailable), "the outage to be told")
@@ -62,7 +62,7 @@ def test_heartbeat_that_began_without_redis_joins_when_it_comes(
     redis_server: RedisServer, open_ledger: OpenLedger
 ) -> None:
     redis_server.kill()
-    with member_heartbeat(open_ledger(), member, ttl_s=TTL_S) as heartbeat:
+    with replica_heartbeat(open_ledger(), ttl_s=TTL_S) as heartbeat:
         assert not heartbeat.wait_first(0.3)
         redis_server.start()
         assert heartbeat.wait_first(5)
@@ -95,7 +95,7 @@ def test_lease_lives_through_threads_that_do_not_let_go_of_the_interpreter(open_
 
 def test_lease_of_a_process_that_stops_beating_ends(open_ledger: OpenLedger) -> None:
     reader = open_ledger()
-    with member_heartbeat(open_ledger(), member, ttl_s=TTL_S) as heartbeat:
+    with replica_heartbeat(open_ledger(), ttl_s=TTL_S) as heartbeat:
         assert heartbeat.wait_first(5)
         assert reader.live_members()
     eventually(lambda: not reader.live_members(), "the lease to end")
@@ -104,7 +104,7 @@ def test_lease_of_a_process_that_stops_beating_ends(open_ledger: OpenLedger) -> 
 def test_change_is_told_at_once_when_poked(open_ledger: OpenLedger) -> None:
     state = ["CLEAN"]
     reader = open_ledger()
-    with member_heartbeat(open_ledger(), lambda: member(state=state[0]), ttl_s=300) as heartbeat:
+    with replica_heartbeat(open_ledger(), lambda: member(state=state[0]), ttl_s=300) as heartbeat:
         assert heartbeat.wait_first(5)
         state[0] = "DIRTY"
         heartbeat.poke()
@@ -119,7 +119,7 @@ def test_bug_in_what_is_told_does_not_silence_the_heartbeat(open_ledger: OpenLed
             raise KeyError("a bug")
         return a_status()
 
-    with member_heartbeat(open_ledger(), member, tell, ttl_s=TTL_S) as heartbeat:
+    with replica_heartbeat(open_ledger(), member, tell, ttl_s=TTL_S) as heartbeat:
         assert heartbeat.wait_first(5)
         broken.set()
         eventually(lambda: isinstance(heartbeat.last_error, KeyError), "the bug to be told")
@@ -130,7 +130,7 @@ def test_bug_in_what_is_told_does_not_silence_the_heartbeat(open_ledger: OpenLed
 @pytest.mark.failure_mode(60)
 def test_replaced_replica_hears_it_and_stops_beating(open_ledger: OpenLedger) -> None:
     told: list[FencedOut] = []
-    with member_heartbeat(
+    with replica_heartbeat(
         open_ledger(), lambda: member(incarnation="old"), ttl_s=TTL_S, on_fenced=told.append
     ) as heartbeat:
         assert heartbeat.wait_first(5)

@@ -119,7 +119,7 @@ def test_nothing_commits_after_the_deadline_by_the_ledgers_clock(ledger: Ledger)
 def test_deadline_is_the_same_moment_for_clients_whose_clocks_differ(
     open_ledger: OpenLedger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1. A push has 30 s. 2. Clients whose clocks were set or started elsewhere all see those seconds left, never more."""
+    """1. A push has 30 s. 2. Clients whose clocks were set or started elsewhere all see those seconds, never more."""
     trainer, receiver = open_ledger(), open_ledger()
     trainer.open_epoch(1)
     push = begin(trainer, 1, timeout_s=30.0)

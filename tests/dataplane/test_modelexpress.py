@@ -167,7 +167,7 @@ def test_server_finds_a_redis_that_came_back_empty_by_itself(redis_server: Redis
 def test_source_that_the_reaper_deleted_is_published_again(
     redis_server: RedisServer, start_modelexpress: StartModelExpress
 ) -> None:
-    """1. Without heartbeats the reaper deletes a source. 2. The next renewal publishes it again. 3. With heartbeats it stays."""
+    """1. Without heartbeats the reaper deletes a source. 2. The next renewal brings it back. 3. Then it stays."""
     reaper = {"MX_REAPER_SCAN_INTERVAL_SECS": "1", "MX_HEARTBEAT_TIMEOUT_SECS": "1", "MX_GC_TIMEOUT_SECS": "1"}
     server, published = start_modelexpress(redis_server, **reaper), source()
 
@@ -193,7 +193,7 @@ def test_dead_redis_behind_the_server_is_an_error_and_not_an_empty_answer(
 ) -> None:
     """1. The server lists nothing, with OK, once its Redis is dead. 2. A fetch says so. 3. So do publish and renew.
 
-    4. Redis is back, and the server restarted: ModelExpress 0.7.0 by itself looks after 1 to 2 s, and then each 60 to 120 s.
+    4. Redis is back, and the server restarted: by itself 0.7.0 looks after 1 to 2 s, then each 60 to 120 s.
     """
     rendezvous, published = connect(), source()
     rendezvous.publish(published)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -37,7 +38,7 @@ class _Refused(Exception):
 
 
 def _attempt(command: Callable[[redis.Redis], T], client: redis.Redis) -> T:
-    """Run `command` once, with redis-py's errors told apart by what the caller does about them; a script's bug passes through."""
+    """Run `command` once, with redis-py's errors told apart by what the caller does; a script's bug passes through."""
     try:
         return command(client)
     except (redis.AuthenticationError, AuthorizationError, NoPermissionError) as error:
@@ -52,7 +53,7 @@ def _attempt(command: Callable[[redis.Redis], T], client: redis.Redis) -> T:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Witness:
-    """What this process knows of the session, brought into the ledger with every change it makes: `scripts` reads it in order."""
+    """What this process knows of the session; goes, in this order, into every script that changes the ledger."""
 
     epoch: int = 0
     version: int = 0
@@ -81,6 +82,7 @@ class _Shared:
         self.lock = threading.Lock()
         self.witness = Witness()
         self.clock_offset_s: float | None = None
+        self.last_fault = -math.inf
 
 
 class LedgerConnection:
@@ -146,6 +148,15 @@ class LedgerConnection:
         self.close()
 
     @property
+    def calm_s(self) -> float:
+        """Seconds since a call of this client last failed; infinite when none ever did.
+
+        Leases of the living run out while the ledger is away, and none is renewed before its holder's next beat.
+        """
+        with self._shared.lock:
+            return time.monotonic() - self._shared.last_fault
+
+    @property
     def witness(self) -> Witness:
         """The most that this process knows to be committed, opened and tried."""
         with self._shared.lock:
@@ -160,9 +171,7 @@ class LedgerConnection:
         started = time.monotonic()
         deadline = started + self._retry_s if self._until is None else self._until
         try:
-            return retry_until(
-                deadline, lambda: _attempt(command, self._shared.client), passing=(_Passing,), pause_s=RETRY_PAUSE_S
-            )
+            return retry_until(deadline, lambda: self._attempt(command), passing=(_Passing,), pause_s=RETRY_PAUSE_S)
         except _Refused as error:
             cure = "check redis.username and redis.passwordFile of the contract, and the user's ACL"
             raise LedgerUnavailable(f"ledger {self.address}: {what} was refused ({error}); {cure}") from error
@@ -172,6 +181,14 @@ class LedgerConnection:
             raise LedgerUnavailable(
                 f"ledger {self.address}: {what} failed for {tried_s:.1f} s ({error}); {cure}"
             ) from error
+
+    def _attempt(self, command: Callable[[redis.Redis], T]) -> T:
+        try:
+            return _attempt(command, self._shared.client)
+        except _Passing:
+            with self._shared.lock:
+                self._shared.last_fault = time.monotonic()
+            raise
 
     def _run(self, what: str, script: str, *args: str | float) -> Any:
         """Run a script of `scripts` on this session's keys."""
@@ -200,7 +217,7 @@ class LedgerConnection:
     def deadline_to_monotonic(self, deadline_at: float) -> float:
         """A deadline by the ledger's clock, as this process's time.monotonic(); early by at most one round trip.
 
-        With the ledger unreachable the clock difference of the last call counts; raises LedgerUnavailable if none was ever made.
+        With the ledger unreachable the last clock difference counts; raises LedgerUnavailable if there is none.
         """
         try:
             self._read_clock()

@@ -61,7 +61,8 @@ class Fence:
             raise FencedOut(f"push {self.push_id} is of epoch {self.epoch}, this engine has seen epoch {seen_epoch}")
         if self.order < held or (self.order == held and not repairs):
             raise FencedOut(
-                f"push {self.push_id} brings (epoch, version) {self.order}, this engine holds {held}: push a newer version"
+                f"push {self.push_id} brings (epoch, version) {self.order}, this engine holds {held}:"
+                " push a newer version"
             )
 
 

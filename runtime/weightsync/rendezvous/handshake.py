@@ -26,7 +26,7 @@ class HandshakeLedger(PushLedger):
     """The part of the ledger by which the processes of one push keep step."""
 
     def report_ready(self, push_id: str, rank: int) -> bool:
-        """A trainer rank has planned, converted and prepared its writes. False when the ledger does not know the push."""
+        """A trainer rank has prepared its writes. False when the ledger does not know the push."""
         return self._add_to_push(push_id, f"ready:{rank}", "1")
 
     def release_writers(self, push_id: str) -> bool:
@@ -48,7 +48,7 @@ class HandshakeLedger(PushLedger):
         return {applied.replica: applied for applied in self._read_from_push(push_id, "applied:", Applied.from_json)}
 
     def report_summary(self, push_id: str, summary: PushSummary) -> bool:
-        """The coordinator's account of a push, for the other trainer ranks and, as the newest of `pushes`, the operator."""
+        """The coordinator's account of a push, for the other trainer ranks and, in `pushes`, for the operator."""
         self.publish_push(summary)
         return self._add_to_push(push_id, "summary:", summary.to_json())
 

@@ -1,12 +1,11 @@
 """Threads that say "still here": a replica's and a writer's leases in the ledger, a source's status in ModelExpress.
 
-A beat that fails is told once, kept as `last_error` and tried again at the next beat: the thread ends when it is closed or
-fenced, never of a fault. Imports the rendezvous's own modules only.
+A beat that fails is told once, kept as `last_error` and tried again at the next beat: the thread ends when it is closed
+or fenced, never of a fault. Imports the rendezvous's own modules only.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import random
 import threading
@@ -16,15 +15,13 @@ from typing import Self
 
 from weightsync.errors import FencedOut, WeightSyncError
 from weightsync.rendezvous.ledger import Ledger
-from weightsync.rendezvous.records import Member
-from weightsync.wire import ReplicaStatus
 
 LEASE_TTL_S = 15.0
 """Longer than any stall of a healthy process that holds the GIL, shorter than a push's default deadline."""
 
 BEATS_A_LEASE = 3
 JITTER = 0.1
-"""Share of the interval by which a beat is early at random, so that a fleet that started at once does not beat at once."""
+"""Share of the interval by which a beat is early at random, so that a fleet does not beat at once."""
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +29,8 @@ logger = logging.getLogger(__name__)
 class Heartbeat:
     """Calls `beat` each `interval_s` on a daemon thread of its own, and at once after `poke`; a context manager.
 
-    FencedOut ends it: `fenced` is set and `on_fenced` called, on this thread. Any other error is logged when it begins and ends.
+    FencedOut ends it: `fenced` is set and `on_fenced` called, on this thread. Any other error is logged when it begins
+    and when it ends.
     """
 
     def __init__(
@@ -119,33 +117,6 @@ class Heartbeat:
                 "heartbeat %s failed, trying on each %.1f s: %s", self.name, self._interval_s, error, exc_info=trace
             )
         self.last_error = error
-
-
-def member_heartbeat(
-    ledger: Ledger,
-    member: Callable[[], Member],
-    status: Callable[[], ReplicaStatus] | None = None,
-    *,
-    ttl_s: float = LEASE_TTL_S,
-    on_fenced: Callable[[FencedOut], None] | None = None,
-) -> Heartbeat:
-    """The heartbeat of a replica: joins, renews its lease, re-asserts what it holds, shows its status. Not yet started.
-
-    `member` and `status` are called on the heartbeat's thread and must not block. A ledger that came back empty hears of the
-    replica at the next beat. Fenced when a later incarnation of the replica joined.
-    """
-    interval_s = ttl_s / BEATS_A_LEASE
-    joined_at = 0.0
-
-    def beat() -> None:
-        nonlocal joined_at
-        patient = ledger.until(time.monotonic() + interval_s)
-        current = dataclasses.replace(member(), joined_at=joined_at)
-        joined_at = patient.join(current, ttl_s).joined_at
-        if status is not None:
-            patient.publish_replica_status(status())
-
-    return Heartbeat(f"replica-{member().replica}", beat, interval_s=interval_s, on_fenced=on_fenced)
 
 
 def writer_heartbeat(

@@ -18,14 +18,19 @@ from weightsync.rendezvous.records import Member
 from weightsync.wire import Keys, ReplicaStatus
 
 
+RENEWED_WITHIN_S = 8.0
+"""A client that could not reach the ledger a moment ago believes no lease's absence for so long: longer than any
+holder's interval between two beats, by which the living have renewed theirs."""
+
+
 class MemberLedger(LedgerConnection):
     """The part of the ledger that lists who takes part."""
 
     def join(self, member: Member, ttl_s: float) -> Member:
         """Enter or renew `member` for `ttl_s` seconds and re-assert what it holds; returns it with `joined_at` set.
 
-        Called again each third of the lease; an entry that vanished is made anew. Raises FencedOut when a later incarnation
-        of the replica has joined.
+        Called again each third of the lease; an entry that vanished is made anew. Raises FencedOut when a later
+        incarnation of the replica has joined.
         """
         fields = dataclasses.asdict(member)
         joined_at = fields.pop("joined_at")
@@ -44,31 +49,27 @@ class MemberLedger(LedgerConnection):
 
     def leave(self, replica: str, incarnation: str) -> bool:
         """Take a replica out of the session. False when that incarnation is not (or no longer) in it."""
-        return bool(self._run("leave", scripts.LEAVE, replica, incarnation, 0))
+        return bool(self._run("leave", scripts.LEAVE, replica, incarnation))
 
     def members(self) -> dict[str, Member]:
         """Every replica that joined and did not leave, the dead ones too, by name."""
         return self._read_members()[0]
 
     def live_members(self) -> dict[str, Member]:
-        """The replicas whose lease lives, by name.
-
-        After the ledger lost its data they come back within a third of their lease: see `age_s` before an absence is believed.
-        """
+        """The replicas whose lease lives, by name. A ledger that lost its data has them after their next beats."""
         members, leases = self._read_members()
         return {name: member for name, member in members.items() if leases.get(name) == member.incarnation}
 
-    def forget_dead_members(self) -> list[str]:
-        """Take out every replica whose lease has run out, with its status; returns their names."""
-        members, leases = self._read_members()
-        dead = [member for name, member in members.items() if leases.get(name) != member.incarnation]
-        gone = [m.replica for m in dead if self._run("forget", scripts.LEAVE, m.replica, m.incarnation, 1)]
-        return sorted(gone)
+    def lost_members(self, incarnations: Mapping[str, str]) -> tuple[str, ...]:
+        """Which of these replicas (name -> incarnation) are dead, cut off, or another incarnation by now."""
+        _, leases = self._read_members()
+        absent_is_lost = self.calm_s >= RENEWED_WITHIN_S
 
-    def age_s(self) -> float:
-        """Seconds since this ledger's data began; 0 when it is empty. A ledger younger than a lease has not heard all members."""
-        born = self._call("age", lambda client: client.hget(Keys(self.session).head, "born"))
-        return 0.0 if born is None else max(0.0, self.now() - float(born))  # type: ignore[arg-type]
+        def is_lost(name: str) -> bool:
+            lease = leases.get(name)
+            return absent_is_lost if lease is None else lease != incarnations[name]
+
+        return tuple(name for name in sorted(incarnations) if is_lost(name))
 
     def hold_writer_lease(self, epoch: int, rank: int, ttl_s: float) -> None:
         """Say that a trainer rank lives, for `ttl_s` seconds."""
@@ -76,9 +77,14 @@ class MemberLedger(LedgerConnection):
         self._call("hold writer lease", lambda client: client.set(key, "1", px=round(ttl_s * 1000)))
 
     def lost_writers(self, epoch: int, world_size: int) -> tuple[int, ...]:
-        """Trainer ranks of `epoch` that hold no lease: dead, cut off, or never begun."""
+        """Trainer ranks of `epoch` that hold no lease: dead, cut off, or never begun.
+
+        None is called lost right after the ledger was away, see RENEWED_WITHIN_S.
+        """
         keys = [Keys(self.session).writer_lease(epoch, rank) for rank in range(world_size)]
         leases = self._call("read writer leases", lambda client: client.mget(keys))
+        if self.calm_s < RENEWED_WITHIN_S:
+            return ()
         return tuple(rank for rank, lease in enumerate(leases) if lease is None)  # type: ignore[arg-type]
 
     def publish_replica_status(self, status: ReplicaStatus) -> None:

@@ -1,7 +1,8 @@
-"""The adapter to ModelExpress: engines publish how their memory is reached, trainers fetch it by the ledger's member list.
+"""The adapter to ModelExpress: engines publish how their memory is reached, trainers fetch it.
 
-Nothing is ever looked up by listing: ModelExpress answers an empty list with OK when its Redis is gone (failure mode 66), so
-who takes part comes from the ledger, and each source is fetched by its exact name. Imports grpc and modelexpress (which imports torch).
+Nothing is ever looked up by listing: ModelExpress answers an empty list with OK when its Redis is gone (failure
+mode 66). Who takes part comes from the ledger, and each source is fetched by its exact name. Imports grpc and
+modelexpress, and so torch.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ HEARTBEAT_INTERVAL_S = 10.0
 """ModelExpress calls a source stale after 90 s; this often, because it is also how soon one that it forgot is back."""
 
 LAYOUT = "weightsync.layout"
-"""Name of the descriptor whose dtype holds the layout, compressed, in base64. Topology would hold it too, but is part of every
-listing and is rewritten by every heartbeat: 24 ms a heartbeat and 400 KB an entry listed for a layout of 300 KB, against 1 ms."""
+"""Name of the descriptor whose dtype holds the layout, compressed, in base64. Topology would hold it too, but is in
+every listing and rewritten by each heartbeat: for 300 KB, 24 ms a beat instead of 1, and 400 KB an entry listed."""
 
 _MESSAGE_LIMIT_BYTES = 100 * 1024 * 1024
 _CHANNEL_OPTIONS = (
@@ -96,7 +97,8 @@ class _Passing(Exception):
 class Rendezvous:
     """A thread-safe client of one session's sources on a ModelExpress server; a context manager.
 
-    Every call is tried again until `retry_s` ran out, or a deadline that it is given, and then raises RendezvousUnavailable.
+    Every call is tried again until `retry_s` ran out, or until the deadline that it is given (a time.monotonic()), and
+    then raises RendezvousUnavailable.
     """
 
     def __init__(self, *, address: str, session: str, model: str, retry_s: float = 15.0) -> None:
@@ -125,8 +127,8 @@ class Rendezvous:
                 raise _Passing(answer.message)
             if answer.mx_source_id != self._source_id:
                 raise RendezvousUnavailable(
-                    f"ModelExpress at {self.address} calls this session {answer.mx_source_id}, its client {self._source_id}:"
-                    " server and `modelexpress` package must be of one version"
+                    f"ModelExpress at {self.address} calls this session {answer.mx_source_id}, its client"
+                    f" {self._source_id}: server and `modelexpress` package must be of one version"
                 )
             self._report_ready(source, timeout_s)
 
@@ -152,7 +154,7 @@ class Rendezvous:
         def attempt(timeout_s: float) -> EngineDescriptor:
             answer = self._send("GetMetadata", request, timeout_s)
             if not answer.found:
-                # An unknown source is answered under the name that was asked for, a fault of the server's Redis under none.
+                # An unknown source is answered under the name that was asked for, a fault of its Redis under none.
                 raise _Passing("it does not know the source" if answer.mx_source_id else "its Redis does not answer")
             return _descriptor(replica, incarnation, rank, answer.worker)
 
@@ -170,7 +172,7 @@ class Rendezvous:
         self.close()
 
     def _report_ready(self, source: EngineDescriptor, timeout_s: float) -> bool:
-        """One UpdateStatus, which also stamps the source with the server's clock. False when the server does not know it."""
+        """One UpdateStatus, which stamps the source with the server's clock. False when the server does not know it."""
         request = p2p_pb2.UpdateStatusRequest(
             mx_source_id=self._source_id,
             worker_id=source.worker_id,
@@ -224,7 +226,7 @@ class Rendezvous:
 def source_heartbeat(
     rendezvous: Rendezvous, sources: Iterable[EngineDescriptor], *, interval_s: float = HEARTBEAT_INTERVAL_S
 ) -> Heartbeat:
-    """The heartbeat of sources that were published: renews each, and publishes again what the server forgot. Not yet started."""
+    """The heartbeat of a replica's sources: renews each, publishes what the server does not know. Not yet started."""
     kept = tuple(sources)
 
     def beat() -> None:
@@ -270,7 +272,8 @@ def _descriptor(replica: str, incarnation: str, rank: int, worker: Any) -> Engin
     layout = tensors.pop(LAYOUT, None)
     if layout is None:
         raise RendezvousUnavailable(
-            f"ModelExpress source {replica}/{incarnation}/{rank} carries no layout: is the engine's runtime of another version?"
+            f"ModelExpress source {replica}/{incarnation}/{rank} carries no layout:"
+            " is the engine's runtime of another version?"
         )
     try:
         layout_bytes = zlib.decompress(base64.b64decode(layout.dtype, validate=True))

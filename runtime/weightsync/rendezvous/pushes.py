@@ -24,7 +24,7 @@ class PushLedger(LedgerConnection):
     """The part of the ledger that trainers and receivers of a push share."""
 
     def open_epoch(self, epoch: int | None = None, floor: tuple[int, int] = (0, 0)) -> int:
-        """Put an epoch in force and return it: `epoch` where an operator numbers them, else one more than any that is known.
+        """Put an epoch in force and return it: `epoch` where an operator numbers them, else one above all known.
 
         `floor` is the greatest committed (epoch, version) the caller knows, from receivers, should the ledger be empty.
         Raises FencedOut if a newer epoch is in force.
@@ -47,7 +47,7 @@ class PushLedger(LedgerConnection):
         return head
 
     def raise_head(self, epoch: int, version: int, seen_epoch: int = 0) -> Head:
-        """Assert that `version` was committed in `epoch`, and that `seen_epoch` was in force; older words change nothing."""
+        """Assert that `version` was committed in `epoch`, and `seen_epoch` was in force; older words change nothing."""
         self._witness(
             lambda known: dataclasses.replace(
                 known.with_committed(epoch, version), seen_epoch=max(known.seen_epoch, epoch, seen_epoch)
@@ -71,12 +71,12 @@ class PushLedger(LedgerConnection):
         catch_up: bool = False,
         floor_version: int = 0,
     ) -> PushRecord:
-        """Open a push under a version of its own and make it the current one of `epoch`. Called by the first trainer rank.
+        """Open a push under a version of its own and make it current in `epoch`. The first trainer rank calls it.
 
-        `members` maps replica to incarnation, `plan_digests` layout digest to plan digest. The version is above everything
-        published, committed and `floor_version`; with `catch_up` it is the version that this epoch committed last (and
-        `floor_version`, if positive, must be it). `sequence` counts the trainer's own pushes. Raises FencedOut when
-        another epoch is in force, or when there is nothing to catch up to.
+        `members` maps replica to incarnation, `plan_digests` layout digest to plan digest. The version is above all
+        that was published or committed, and `floor_version`; with `catch_up` it is the version that this epoch
+        committed last (and `floor_version`, if positive, must be it). `sequence` counts the trainer's own pushes.
+        Raises FencedOut when another epoch is in force, or when there is nothing to catch up to.
         """
         constant = {
             "session": self.session,

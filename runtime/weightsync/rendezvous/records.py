@@ -1,6 +1,6 @@
 """Records of the rendezvous that only the runtime reads: members, pushes, reports, votes.
 
-Frozen, JSON in and out, no tensor and no client; imports `weightsync.wire` only. What the operator reads too is in `wire`.
+Frozen, JSON in and out, no tensor, no client; imports `weightsync.wire` only. What the operator reads too is in `wire`.
 """
 
 from __future__ import annotations

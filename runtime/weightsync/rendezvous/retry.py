@@ -14,8 +14,8 @@ def retry_until(
 ) -> T:
     """Call `attempt` until it returns, or raise its last passing error once `deadline` (time.monotonic) is over.
 
-    It is called at least once. Errors that are not in `passing` go through at once. `pause_s` lies between two tries, so
-    that a refused connection, which answers at once, is not asked in a busy loop.
+    It is called at least once. Errors that are not in `passing` go through at once. `pause_s` lies between two tries:
+    a refused connection, which answers at once, is not asked in a busy loop.
     """
     while True:
         try:

@@ -1,8 +1,8 @@
 """Lua of the ledger: each script is one compare-and-set that no other client can split.
 
-Redis runs a script as a whole. Scripts take the session's key prefix as KEYS[1] and derive their keys from it; the names are those
-of `weightsync.wire.Keys`. All of them raise the head first to what the caller has witnessed, so that a ledger that
-came back empty never turns time back (failure modes 30, 50).
+Redis runs a script as a whole. Scripts take the session's key prefix as KEYS[1] and derive their keys from it; the
+names are those of `weightsync.wire.Keys`. Those that change what is committed or who takes part raise the head first to
+what the caller has witnessed, so that a ledger that came back empty never turns time back (failure modes 30, 50).
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ local function text(seconds) return string.format('%.6f', seconds) end
 -- ARGV[1..5]: what the caller knows: committed epoch and version, newest epoch, highest version and attempt tried.
 local function raise_head()
   local epoch, version = tonumber(ARGV[1]), tonumber(ARGV[2])
-  redis.call('HSETNX', head, 'born', text(now()))
   local held_epoch, held = get('version_epoch'), get('version')
   if epoch > held_epoch or (epoch == held_epoch and version > held) then held_epoch, held = epoch, version end
   redis.call('HSET', head, 'version', held, 'version_epoch', held_epoch,
@@ -99,7 +98,9 @@ local function refusal()
   if not push[1] then return 'the ledger does not know push ' .. ARGV[6] .. ': its Redis lost its data' end
   local epoch, version, late = tonumber(push[3]), tonumber(push[4]), now() - tonumber(push[5])
   if ARGV[7] == 'ABORT' then return ARGV[8] end
-  if get('epoch') ~= epoch then return string.format('epoch %d is in force, the push is of epoch %d', get('epoch'), epoch) end
+  if get('epoch') ~= epoch then
+    return string.format('epoch %d is in force, the push is of epoch %d', get('epoch'), epoch)
+  end
   if late > 0 then return string.format('its deadline passed %.3f s before the commit', late) end
   local committed_epoch, committed = get('version_epoch'), get('version')
   if push[6] == '0' and (committed_epoch > epoch or (committed_epoch == epoch and committed >= version)) then
@@ -131,7 +132,7 @@ return 1
 JOIN = (
     _PRELUDE
     + """
--- ARGV[6..10]: replica, incarnation, joined_at (0: first join), the member's JSON without joined_at, lease in milliseconds.
+-- ARGV[6..10]: replica, incarnation, joined_at (0: first join), member's JSON without joined_at, lease in milliseconds.
 local joined_at = tonumber(ARGV[8])
 local known = redis.call('HGET', prefix .. 'members', ARGV[6])
 if known then
@@ -149,14 +150,12 @@ return {'OK', text(joined_at)}
 )
 
 LEAVE = """
--- ARGV: replica, incarnation, only_dead (1: keep it while its lease lives).
+-- ARGV: replica, incarnation.
 local known = redis.call('HGET', KEYS[1] .. 'members', ARGV[1])
 if not known or cjson.decode(known).incarnation ~= ARGV[2] then return 0 end
-local lease = KEYS[1] .. 'lease:replica:' .. ARGV[1]
-if ARGV[3] == '1' and redis.call('GET', lease) == ARGV[2] then return 0 end
 redis.call('HDEL', KEYS[1] .. 'members', ARGV[1])
 redis.call('HDEL', KEYS[1] .. 'replicas', ARGV[1])
-redis.call('DEL', lease)
+redis.call('DEL', KEYS[1] .. 'lease:replica:' .. ARGV[1])
 return 1
 """
 
