@@ -169,6 +169,17 @@ class Receiver:
             self._reason = "" if untouched else f"push {push_id} of version {reception.record.version} aborted: {reason}"
             return self.describe()
 
+    def verify(self) -> Description:
+        """Measure live memory again and compare with what this rank holds; DIRTY when they differ. Only while CLEAN."""
+        with self._lock:
+            if self._state is ReplicaState.CLEAN:
+                measured = self._measure()
+                wrong = sorted(name for name, digest in measured.items() if digest != self._held.digests[name])
+                if wrong:
+                    self._state = ReplicaState.DIRTY
+                    self._reason = f"{len(wrong)} of {len(measured)} targets differ from version {self._held.version}: {', '.join(wrong[:5])}"
+            return self.describe()
+
     def close(self) -> None:
         """Stop receiving and destroy the agent."""
         with self._lock:

@@ -32,7 +32,6 @@ def trace_loader(
     load: Callable[[Iterable[tuple[str, Tensor]]], Any],
     params: Mapping[str, Tensor],
     sources: Sequence[SourceTensor],
-    meta: Mapping[str, str] | None = None,
 ) -> TargetLayout:
     """Run `load` on meta tensors of `sources` and note where each of their elements goes in `params`.
 
@@ -51,7 +50,7 @@ def trace_loader(
             f"{type(error).__name__}: {error}"
         ) from error
     recorder.check_storage(params)
-    return recorder.layout(dict(meta or {}))
+    return recorder.layout()
 
 
 class _Parameters:
@@ -190,7 +189,7 @@ class _Recorder(TorchDispatchMode):
                     f"the loader gave parameter {name} other memory: what was offered to writers would be stale"
                 )
 
-    def layout(self, meta: Mapping[str, str]) -> TargetLayout:
+    def layout(self) -> TargetLayout:
         """The record, with coverage proved."""
         used = {copy.source for copy in self.copies}
         targets = tuple(self.parameters.targets.values())
@@ -201,7 +200,6 @@ class _Recorder(TorchDispatchMode):
             copies=tuple(self.copies),
             fills=surviving_fills(self.fills, self.copies, axis),
             unused=tuple(name for name in self.sources if name not in used),
-            meta=meta,
         )
         prove_coverage(layout, axis)
         return layout

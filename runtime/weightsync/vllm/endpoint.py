@@ -2,6 +2,7 @@
 
     POST /weightsync/v1/push     open a push (bearer token); the body is a `PushRecord`
     GET  /weightsync/v1/state    what this replica holds (bearer token)
+    POST /weightsync/v1/verify   the same, after measuring live memory again (bearer token)
     GET  /weightsync/v1/ready    200 when it may serve, else 503 with the reason
     GET  /weightsync/v1/live     200 while the engine runs
 
@@ -48,6 +49,7 @@ class WeightSyncEndpoint:
         app.add_middleware(ServingGate, endpoint=self)
         app.add_api_route(f"{PREFIX}/push", self._push, methods=["POST"])
         app.add_api_route(f"{PREFIX}/state", self._state, methods=["GET"])
+        app.add_api_route(f"{PREFIX}/verify", self._verify, methods=["POST"])
         app.add_api_route(f"{PREFIX}/ready", self._ready, methods=["GET"])
         app.add_api_route(f"{PREFIX}/live", self._live, methods=["GET"])
 
@@ -81,9 +83,19 @@ class WeightSyncEndpoint:
             return _problem(_STATUS.get(type(error), 500), str(error))
 
     async def _state(self, request: Request) -> JSONResponse:
+        return self._denied(request) or self._described()
+
+    async def _verify(self, request: Request) -> JSONResponse:
         if (denied := self._denied(request)) is not None:
             return denied
-        view = self._member().view
+        try:
+            await self._member().verify()
+        except WeightSyncError as error:
+            return _problem(500, str(error))
+        return self._described()
+
+    def _described(self) -> JSONResponse:
+        view, refusal = self._member().view, self.refusal()
         return JSONResponse(
             {
                 "replica": self._member().name,
@@ -92,8 +104,8 @@ class WeightSyncEndpoint:
                 "epoch": view.epoch,
                 "committed": view.committed,
                 "digest": view.digest,
-                "serving": not self.refusal(),
-                "reason": self.refusal(),
+                "serving": not refusal,
+                "reason": refusal,
             }
         )
 

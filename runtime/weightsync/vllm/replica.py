@@ -141,6 +141,13 @@ class Replica:
         self._spawn(self._conclude(record, deadline, started), f"weightsync-{record.push_id}")
         return {"replica": self.name, "state": self.view.state}
 
+    async def verify(self) -> None:
+        """Measure live memory again between pushes; a difference makes the replica DIRTY."""
+        async with self._busy:
+            await self._rpc("weightsync_verify")
+            if self.view.state is ReplicaState.DIRTY:
+                await self._stop_serving()
+
     async def _supersede(self, record: PushRecord) -> None:
         """A newer epoch does not wait for the deadline of a push whose trainer is gone."""
         current = self._current
@@ -195,10 +202,14 @@ class Replica:
     async def _abort(self, record: PushRecord, reason: str) -> None:
         await self._rpc("weightsync_abort", record.push_id, reason)
         if self.view.state is ReplicaState.DIRTY:
-            logger.error("torn weights, serving nothing until repaired: %s", self.refusal())
-            await self._engine.pause_generation(mode="abort", clear_cache=True)  # answers what was queued for the new version
+            await self._stop_serving()
         else:
             await self._engine.resume_generation()
+
+    async def _stop_serving(self) -> None:
+        """Until the next push repairs it: nothing runs, and what was queued for a new version is answered as aborted."""
+        logger.error("torn weights, serving nothing until repaired: %s", self.refusal())
+        await self._engine.pause_generation(mode="abort", clear_cache=True)
 
     async def _pause(self, mode: str, deadline: Deadline) -> None:
         """Wait until the engine is idle: the awaited pause synchronizes the device (vllm/v1/engine/core.py)."""

