@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,13 +83,17 @@ def lacks_sys_resource(status_text: str) -> bool:
     raise LabError("/proc/self/status has no CapBnd line", cure="is this Linux?")
 
 
-def ensure_docker(task: Task, paths: LabPaths) -> bool:
-    """Make sure that a daemon answers, by installing and starting one where needed; returns whether one did already."""
+def ensure_docker(task: Task, paths: LabPaths, *, before_start: Callable[[], None]) -> bool:
+    """Make sure that a daemon answers, by installing and starting one where needed; returns whether one did already.
+
+    `before_start` is called when the machine is about to be changed by a daemon of the lab.
+    """
     if find_docker(paths) is not None:
         return True
     if os.geteuid() != 0:
         raise LabError("no Docker daemon answers and this is not root", cure="start Docker, or set DOCKER_HOST")
     ensure_packages(task, DOCKER_PACKAGES, say="to run the cluster's node as a container")
+    before_start()
     task.say(f"starts dockerd with its data in {paths.docker}")
     _make_bridge(task)
     _start_dockerd(paths)

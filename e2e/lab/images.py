@@ -3,6 +3,7 @@
 Imports the standard library and the lab's own modules.
 """
 
+import functools
 import io
 import json
 import os
@@ -26,7 +27,6 @@ from e2e.lab.versions import Versions, read_versions
 CONTENT_LABEL = "weightsync.dev/content"
 LOCAL_BASE = "weightsync/base:dev"
 PROJECT_LAYER_TARGET = "project-layer"
-PROJECT_LAYER_REF = "weightsync/project-layer:dev"
 REGISTRY_ENV = "WEIGHTSYNC_LAB_REGISTRY"
 REGISTRY_TIMEOUT_S = 20.0
 PROJECT_FILES = (
@@ -59,13 +59,18 @@ class Image:
         """The name of the image below the project's layer."""
         return self.ref.replace(":", "-base:")
 
+    @property
+    def layer_ref(self) -> str:
+        """The name of an image that is the project's layer alone."""
+        return self.ref.replace(":", "-layer:")
+
 
 IMAGES: Mapping[str, Image] = {
     "redis": Image(
         "weightsync/redis:dev", 60, "e2e/lab/images/redis.Dockerfile", ("e2e/lab/images/redis.Dockerfile",)
     ),
     "deviceplugin": Image(
-        "weightsync/deviceplugin:dev", 60, "e2e/lab/deviceplugin/Dockerfile", ("e2e/lab/deviceplugin",)
+        "weightsync/deviceplugin:dev", 60, "e2e/lab/deviceplugin/Dockerfile", ("e2e/lab/deviceplugin", "constraints.txt")
     ),
     "modelexpress": Image(
         "weightsync/modelexpress:dev", 60, "Dockerfile", ("Dockerfile",), target="modelexpress", tool="modelexpress"
@@ -79,6 +84,7 @@ IMAGES: Mapping[str, Image] = {
 }  # fmt: skip
 
 
+@functools.cache
 def registry_reachable(docker: Docker) -> bool:
     """Whether a container registry gives the pinned base image; WEIGHTSYNC_LAB_REGISTRY=0 or 1 decides instead of a probe."""
     said = os.environ.get(REGISTRY_ENV)
@@ -97,17 +103,26 @@ def registry_reachable(docker: Docker) -> bool:
         return False
 
 
-def ensure_base_image(task: Task, paths: LabPaths, docker: Docker, *, registry: bool) -> str:
-    """The base image's name: the registry's, or a Debian made by debootstrap and imported once."""
+@dataclass(frozen=True)
+class BaseImage:
+    """What every other image is built on."""
+
+    ref: str
+    cached: bool
+
+
+def ensure_base_image(task: Task, paths: LabPaths, docker: Docker, *, registry: bool) -> BaseImage:
+    """The registry's base image, or a Debian made by debootstrap and imported once."""
     if registry:
-        return read_versions().registry_base
+        return BaseImage(read_versions().registry_base, cached=True)
     root = tool_path("rootfs", paths)
     key = content_key(str(root))
-    if image_key(docker, LOCAL_BASE) != key:
-        task.say("imports the Debian root as an image")
-        changes = ["--change", f"LABEL {CONTENT_LABEL}={key}", "--change", 'CMD ["bash"]']
-        task.run(["docker", "import", *changes, root, LOCAL_BASE], env=docker.environment())
-    return LOCAL_BASE
+    if image_key(docker, LOCAL_BASE) == key:
+        return BaseImage(LOCAL_BASE, cached=True)
+    task.say("imports the Debian root as an image")
+    changes = ["--change", f"LABEL {CONTENT_LABEL}={key}", "--change", 'CMD ["bash"]']
+    task.run(["docker", "import", *changes, root, LOCAL_BASE], env=docker.environment())
+    return BaseImage(LOCAL_BASE, cached=False)
 
 
 def image_key(docker: Docker, ref: str) -> str | None:
@@ -128,7 +143,7 @@ def build_image(task: Task, paths: LabPaths, docker: Docker, name: str, base: st
         return True
     targets = {image.ref: image.target}
     if image.base_target:
-        targets |= {image.base_ref: image.base_target, PROJECT_LAYER_REF: PROJECT_LAYER_TARGET}
+        targets |= {image.base_ref: image.base_target, image.layer_ref: PROJECT_LAYER_TARGET}
     label = ["--label", f"{CONTENT_LABEL}={key}"]
     for ref, target in reversed(targets.items()):  # the image itself last: its label says that all are there
         task.say(f"builds {ref}")
@@ -194,10 +209,12 @@ def thin_image(docker: Docker, ref: str) -> ThinImage | None:
     image = next((each for each in IMAGES.values() if each.ref == ref and each.base_target), None)
     if image is None:
         return None
-    (top,) = layers_of(inspect_image(docker, PROJECT_LAYER_REF))
+    (top,) = layers_of(inspect_image(docker, image.layer_ref))
     return ThinImage(
         name=f"docker.io/{ref}",
         inspected=inspect_image(docker, ref),
         base_layers=tuple(layers_of(inspect_image(docker, image.base_ref))),
         top_layer=top,
+        layer_ref=image.layer_ref,
+        base_ref=image.base_ref,
     )

@@ -34,6 +34,9 @@ class ThinImage:
     inspected: Mapping[str, Any]
     base_layers: tuple[str, ...]
     top_layer: str
+    base_ref: str
+    """Docker's name of the base alone, and below it that of the layer alone."""
+    layer_ref: str
 
     def config(self) -> bytes:
         """The image's configuration; its digest is the image's id, and depends on nothing but the image."""

@@ -140,7 +140,7 @@ def _build_rootfs(inputs: BuildInputs) -> None:
 TOOLS: Mapping[str, Tool] = {
     "kube": Tool(
         KUBE_BINARY, 420, lambda v: (v.kubernetes, GO_SOURCES / "kube"), _build_kube,
-        {name: KUBE_BINARY for name in KUBE_LINKS},
+        dict.fromkeys(KUBE_LINKS, KUBE_BINARY),
     ),
     "modelexpress": Tool(
         "bin/modelexpress-server", 480, lambda v: (v.modelexpress, v.modelexpress_features), _build_modelexpress,

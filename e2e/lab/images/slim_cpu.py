@@ -1,8 +1,8 @@
 """Removes from a CPU environment what only a GPU run loads; run inside the image's build, standard library alone.
 
-PyPI's torch is the CUDA build: its CUDA libraries are linked and have to stay, but what they load later by name (engines of
-cuDNN, cuSOLVER), Triton, video codecs, headers and static libraries are 1.9 GB that a CPU run never opens. A pattern that matches nothing is an
-error: the packages have changed, and the list must be looked at again.
+PyPI's torch is the CUDA build: its CUDA libraries are linked and have to stay. What they load later by name (engines of cuDNN,
+cuSOLVER), Triton, video codecs, headers and static libraries are 1.9 GB that a CPU run never opens. A pattern that matches
+nothing is an error: the packages have changed, and the list must be looked at again.
 """
 
 import shutil

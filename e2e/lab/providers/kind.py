@@ -16,7 +16,7 @@ from typing import Any
 
 from e2e.lab.docker import Docker
 from e2e.lab.errors import LabError
-from e2e.lab.images import PROJECT_LAYER_REF, image_id, thin_image
+from e2e.lab.images import image_id, thin_image
 from e2e.lab.nodeimage import NODE_IMAGE, NODE_SOURCES, control_plane_refs
 from e2e.lab.paths import LabPaths
 from e2e.lab.providers import Capability
@@ -105,7 +105,7 @@ class KindProvider:
     def _load_thin(self, task: Task, ref: str, thin: ThinImage) -> None:
         sizes_bytes = self._layer_sizes(thin.base_layers)
         if sizes_bytes is None:
-            self._load_whole(task, ref.replace(":", "-base:"))
+            self._load_whole(task, thin.base_ref)
             sizes_bytes = self._layer_sizes(thin.base_layers)
         if sizes_bytes is None:
             raise LabError(
@@ -114,7 +114,7 @@ class KindProvider:
         task.say(f"loads the project's layer of {ref}")
         environment = {**os.environ, **self._docker.environment()}
         saved = subprocess.run(
-            ["docker", "save", PROJECT_LAYER_REF], env=environment, capture_output=True, check=True
+            ["docker", "save", thin.layer_ref], env=environment, capture_output=True, check=True
         ).stdout
         with tempfile.TemporaryFile() as archive:
             thin.write_archive(archive, base_sizes_bytes=sizes_bytes, layer=only_layer(saved))
