@@ -19,14 +19,14 @@ KEPT = 2
 WEIGHTS = "model.safetensors"
 
 
-def save(model: torch.nn.Module, *, step: int, folder: Path, base: Path) -> None:
-    """Write `folder/step-NNNNNN` in bf16, with the other files of the `base` checkpoint. All ranks call it.
+def save(model: torch.nn.Module, *, step: int, folder: Path, base: Path) -> Path | None:
+    """Write `folder/step-NNNNNN` in bf16, with the other files of the `base` checkpoint. All ranks call it, the first writes.
 
     Rounding to bf16 is what a push does too, so an engine that loads the folder holds what the live ones hold.
     """
     state = {name: _whole(parameter) for name, parameter in model.named_parameters()}
     if dist.get_rank() != 0:
-        return
+        return None
     made = folder / f".step-{step:06d}"
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)
@@ -39,6 +39,7 @@ def save(model: torch.nn.Module, *, step: int, folder: Path, base: Path) -> None
     made.rename(final)
     for old in _finished(folder)[:-KEPT]:
         shutil.rmtree(old)
+    return final
 
 
 def latest(folder: Path) -> tuple[int, Path] | None:

@@ -91,7 +91,7 @@ def write_checkpoint(gguf: Path, folder: Path) -> None:
     # The GGUF loader leaves its quantization in the config, and an engine would look for quantized tensors.
     delattr(config, "quantization_config")
     config.dtype = torch.bfloat16
-    model = LlamaForCausalLM(config).to(dtype=torch.bfloat16)
+    model = LlamaForCausalLM(config).bfloat16()
     model.load_state_dict(source.state_dict())
     model.generation_config = source.generation_config
     model.save_pretrained(folder)

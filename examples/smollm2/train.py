@@ -7,6 +7,7 @@ One process a rank, as torchrun or the operator starts them (RANK, WORLD_SIZE, M
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import time
@@ -40,21 +41,23 @@ def main() -> None:
     prompts = PROMPTS[dist.get_rank() :: dist.get_world_size()]
     hold(options.hold_file, options.patience_s)
     with Publisher.from_env(model) as publisher:
-        version = publisher.push(step=done).version
-        tell(step=done, version=version, resumed=resumed is not None)
+        report = publisher.push(step=done)
+        tell(step=done, resumed=resumed is not None, push=dataclasses.asdict(report))
         for step in range(done + 1, options.steps + 1):
             times = [time.monotonic()]
             groups = sample(service, prompts, options)
             times.append(time.monotonic())
             learn(model, optimizer, groups)
             times.append(time.monotonic())
-            sampled_version, version = version, publisher.push(step=step).version
+            sampled_version, report = report.version, publisher.push(step=step)
             times.append(time.monotonic())
+            saved = None
             if step % options.checkpoint_every == 0 or step == options.steps:
-                checkpoint.save(model, step=step, folder=options.checkpoint_dir, base=options.model)
+                saved = checkpoint.save(model, step=step, folder=options.checkpoint_dir, base=options.model)
             time.sleep(max(0.0, times[0] + options.min_step_s - time.monotonic()))
             times.append(time.monotonic())
-            tell(step=step, version=version, sampled_version=sampled_version, **scores(groups), **durations(times))
+            line = scores(groups) | durations(times) | {"checkpoint": str(saved) if saved is not None else None}
+            tell(step=step, sampled_version=sampled_version, push=dataclasses.asdict(report), **line)
     dist.destroy_process_group()
 
 
