@@ -83,7 +83,7 @@ class Notification:
     def encode(self) -> bytes:
         """Bytes for a NIXL notification: 16 bytes of text a target and about 200 more."""
         partials = b"".join(_PARTIAL.pack(*item) for item in sorted(self.partial_digests.items()))
-        fields = {**dataclasses.asdict(self), "partial_digests": base64.b64encode(partials).decode()}
+        fields = {**vars(self), "partial_digests": base64.b64encode(partials).decode()}
         return json.dumps(fields, separators=(",", ":")).encode()
 
     @classmethod
