@@ -48,7 +48,9 @@ def choice(text: str, ids: list[int], reason: str = "stop") -> dict[str, Any]:
 
 
 def ask(url: str, *prompts: str, samples: int = 2):
-    return Service(url, timeout_s=10).sample([messages(each) for each in prompts], samples=samples, max_tokens=4, reward=reward)
+    return Service(url, timeout_s=10).sample(
+        [messages(each) for each in prompts], samples=samples, max_tokens=4, reward=reward
+    )
 
 
 def test_groups_keep_the_order_of_prompts_and_carry_the_sampled_tokens(serve: Callable[[Answer], str]):
@@ -71,7 +73,7 @@ def test_one_engine_that_is_behind_makes_the_whole_sample_unavailable(serve: Cal
             return 503, {"error": {"message": "holds version 3, version 4 is committed"}}
         return 200, {"prompt_token_ids": [1], "choices": [choice("x", [1])]}
 
-    with pytest.raises(ServiceUnavailable, match="503: .*holds version 3"):
+    with pytest.raises(ServiceUnavailable, match=r"503: .*holds version 3"):
         ask(serve(answer), "a", "b")
 
 
