@@ -66,6 +66,7 @@ COPY pyproject.toml README.md /project/
 COPY operator /project/operator
 COPY runtime /project/runtime
 RUN /context/install.sh project /project /layer
+COPY examples/smollm2 /layer/opt/weightsync/examples/smollm2
 
 # That layer alone, so that the lab can send it to a node that has the rest.
 FROM scratch AS project-layer

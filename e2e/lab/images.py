@@ -36,6 +36,7 @@ PROJECT_FILES = (
     "constraints.txt",
     "operator",
     "runtime",
+    "examples/smollm2",
     "e2e/lab/images",
 )
 
