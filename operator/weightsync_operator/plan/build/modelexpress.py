@@ -6,6 +6,7 @@ from weightsync_operator.api.names import Component
 from weightsync_operator.plan.build.context import (
     MODEL_EXPRESS_METRICS_PORT,
     MODEL_EXPRESS_PORT,
+    REDIS_PORT,
     Context,
     Manifest,
     selector_labels,
@@ -54,10 +55,21 @@ def _container(ctx: Context) -> Manifest:
         "securityContext": container_security(read_only_root=True),
         "readinessProbe": {"tcpSocket": {"port": MODEL_EXPRESS_PORT}, "periodSeconds": 2, "timeoutSeconds": 2},
         "livenessProbe": {
-            "tcpSocket": {"port": MODEL_EXPRESS_PORT},
+            "exec": {"command": ["bash", "-c", _alive(ctx)]},
             "periodSeconds": 10,
             "timeoutSeconds": 5,
-            "failureThreshold": 6,
+            "failureThreshold": 4,
         },
         "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],
     }
+
+
+def _alive(ctx: Context) -> str:
+    """A command that fails when the server is gone, or holds no connection to a Redis that would accept one.
+
+    Once its Redis was away for two seconds MX 0.7 waits 60 to 120 s between two tries, and every call to it hangs
+    meanwhile (docs/decisions/0004). /proc/net/tcp names ports in hexadecimal; state 01 is an established connection.
+    """
+    redis_up = f"timeout 2 bash -c '</dev/tcp/{ctx.child('redis')}/{REDIS_PORT}' 2>/dev/null"
+    connected = f"grep -qsE ':{REDIS_PORT:04X} 01 ' /proc/net/tcp /proc/net/tcp6"
+    return f"</dev/tcp/127.0.0.1/{MODEL_EXPRESS_PORT} || exit 1; {redis_up} || exit 0; {connected}"
