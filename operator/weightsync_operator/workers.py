@@ -61,7 +61,7 @@ class Workers:
                 del self._tasks[key], self._dirty[key]
                 return
 
-    async def _pass(self, key: Key, failures: int) -> float | None | _Retry:
+    async def _pass(self, key: Key, failures: int) -> float | _Retry | None:
         retry = _Retry(min(MAX_RETRY_S, FIRST_RETRY_S * 2.0 ** min(failures, 10)))
         name = "/".join(key)
         try:
@@ -72,7 +72,7 @@ class Workers:
             _log.error("%s: the API server refused (%s); next try in %.0f s", name, error, retry.after_s)
         except ApiUnavailable as error:
             _log.warning("%s: no answer (%s); next try in %.0f s", name, error, retry.after_s)
-        except Exception:  # noqa: BLE001 - one resource's bug must not stop the others; it stays visible in the log
+        except Exception:
             _log.exception("%s: this is a bug of the operator; next try in %.0f s", name, retry.after_s)
         return retry
 

@@ -61,7 +61,8 @@ def test_a_refused_child_is_told_with_its_field_and_not_tried_again() -> None:
 
 def test_then_the_preflight_pod_is_made() -> None:
     (action,) = _step().actions
-    assert isinstance(action, Apply) and action.manifest["metadata"]["name"] == NAME
+    assert isinstance(action, Apply)
+    assert action.manifest["metadata"]["name"] == NAME
 
 
 def test_a_good_verdict_admits() -> None:
@@ -80,7 +81,8 @@ def test_a_bad_verdict_refuses_with_every_field() -> None:
 
 def test_a_verdict_about_another_model_is_asked_again() -> None:
     step = _step(known=PreflightStatus(hash="other", ok=True))
-    assert not step.admitted and [type(action) for action in step.actions] == [Apply]
+    assert not step.admitted
+    assert [type(action) for action in step.actions] == [Apply]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +90,8 @@ def test_a_verdict_about_another_model_is_asked_again() -> None:
 )
 def test_a_pod_without_a_verdict_is_asked_again_and_says_why(message: str) -> None:
     step = _step(_preflight(phase="Failed", exit_code=137, message=message))
-    assert not step.settled and "ended with 137" in step.message
+    assert not step.settled
+    assert "ended with 137" in step.message
     assert step.actions == (Delete(kind="Pod", name=NAME, uid=f"uid-{NAME}"),)
 
 

@@ -118,7 +118,8 @@ def test_the_access_list_holds_hashes_and_no_default_user() -> None:
     passwords = derive_passwords(KEY, UID)
     text = access_list(passwords)
     assert text.startswith("user default off\n")
-    assert passwords.runtime not in text and passwords.operator not in text
+    assert passwords.runtime not in text
+    assert passwords.operator not in text
 
 
 def test_one_epoch_of_the_gang_knows_its_number_everywhere() -> None:
@@ -226,7 +227,8 @@ def test_devices_are_limits_and_requests_alike() -> None:
 
 def test_without_gpus_and_devices_there_are_no_limits() -> None:
     rendered = render(make_context(inference={"gpus": 0}, trainer={"gpusPerNode": 0}))
-    assert "limits" not in _engine(rendered)["resources"] and "limits" not in _trainer(rendered)["resources"]
+    assert "limits" not in _engine(rendered)["resources"]
+    assert "limits" not in _trainer(rendered)["resources"]
 
 
 def test_ucx_overrides_stand_over_the_profile() -> None:

@@ -111,7 +111,8 @@ def test_all_children_are_made_at_once_with_the_account_first() -> None:
     step = decide(wanted, make_seen(wanted.ctx, status=_running(wanted)))
     kinds = _kinds(step.actions)
     assert kinds[:3] == ["ServiceAccount", "Secret", "ConfigMap"]
-    assert kinds.count("Service") == 5 and kinds.count("Deployment") == 2
+    assert kinds.count("Service") == 5
+    assert kinds.count("Deployment") == 2
     assert kinds[-1] == "StatefulSet"
 
 
@@ -139,7 +140,8 @@ def test_one_changed_child_is_the_only_one_repaired() -> None:
     )
     edited["spec"]["replicas"] = 5
     (action,) = _steady(edited, wanted=wanted).actions
-    assert isinstance(action, Apply) and action.manifest["metadata"]["name"] == "ws-redis"
+    assert isinstance(action, Apply)
+    assert action.manifest["metadata"]["name"] == "ws-redis"
 
 
 @pytest.mark.failure_mode(51)
@@ -278,7 +280,8 @@ def test_an_aborted_push_says_who_and_why() -> None:
     assert _verdict(step, Condition.SYNCED) == ("False", Reason.PUSH_ABORTED)
     assert _condition(step, Condition.SYNCED).message == "version 5 (epoch 1) was aborted: writer 1 of epoch 1 died"
     assert _verdict(step, Condition.DEGRADED) == ("True", Reason.ENGINES_DIRTY)
-    assert step.status.last_push is not None and step.status.last_push.outcome == "ABORT"
+    assert step.status.last_push is not None
+    assert step.status.last_push.outcome == "ABORT"
 
 
 @pytest.mark.failure_mode(61)
@@ -370,4 +373,5 @@ def test_an_unreadable_spec_changes_nothing_but_the_condition() -> None:
         type(wanted.ctx.spec).model_validate({"trainer": {}})
     status = invalid_spec(seen.resource, refused.value, NOW)
     assert (status.trainer.epoch, status.observed_generation) == (3, 4)
-    assert "spec.model" in status.conditions[0].message and "spec.trainer.command" in status.conditions[0].message
+    assert "spec.model" in status.conditions[0].message
+    assert "spec.trainer.command" in status.conditions[0].message

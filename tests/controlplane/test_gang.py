@@ -39,7 +39,8 @@ def test_the_epoch_is_noted_before_its_job_is_made() -> None:
     noted = _step(TrainerStatus())
     assert (noted.status.state, noted.status.epoch, noted.actions) == (TrainerState.STARTING, 1, ())
     (create,) = _step(noted.status).actions
-    assert isinstance(create, Apply) and create.manifest["metadata"]["name"] == "ws-trainer-1"
+    assert isinstance(create, Apply)
+    assert create.manifest["metadata"]["name"] == "ws-trainer-1"
 
 
 def test_nothing_starts_while_something_is_waited_for() -> None:
@@ -58,8 +59,9 @@ def test_a_job_that_exists_is_running() -> None:
 
 
 @pytest.mark.failure_mode(43)
-def test_a_failure_is_counted_once_and_noted_before_anything_is_deleted() -> None:
-    job, ranks = make_job(TEMPLATE, 1, condition="Failed"), [_rank(exit_code=9, phase="Failed")]
+@pytest.mark.parametrize("condition", ["FailureTarget", "Failed"])
+def test_a_failure_is_counted_once_and_noted_before_anything_is_deleted(condition: str) -> None:
+    job, ranks = make_job(TEMPLATE, 1, condition=condition), [_rank(exit_code=9, phase="Failed")]
     noted = _step(_status(TrainerState.RUNNING), job, *ranks)
     assert (noted.status.state, noted.status.restarts, noted.actions) == (TrainerState.STOPPING, 1, ())
     assert "ws-trainer-1-0-abc exited with 9" in noted.status.reason

@@ -46,7 +46,8 @@ def test_lists_with_keys_merge_by_them() -> None:
         }
     )
     main, side = merged["spec"]["containers"]
-    assert main["image"] == "i" and side == {"name": "side", "image": "s"}
+    assert main["image"] == "i"
+    assert side == {"name": "side", "image": "s"}
     assert main["env"] == [{"name": "A", "value": "1"}, {"name": "B", "value": "3"}, {"name": "C", "value": "4"}]
     assert [volume["name"] for volume in merged["spec"]["volumes"]] == ["tmp", "data"]
 

@@ -84,7 +84,8 @@ def _watch(wish: GangWish, status: TrainerStatus, job: Manifest, seen: Seen) -> 
         return GangStep(status=_moved(status, TrainerState.STOPPING, "its Job is being deleted"), look_again_s=0)
     if condition(job, "Complete"):
         return GangStep(status=_moved(status, TrainerState.COMPLETE, ""))
-    if condition(job, "Failed"):
+    # FailureTarget comes first; Failed only when the other ranks have ended, up to a grace period later.
+    if condition(job, "FailureTarget") or condition(job, "Failed"):
         return _failed(wish, status, job, seen)
     if job["metadata"].get("annotations", {}).get(ANNOTATION_TEMPLATE) != template_hash(wish.template):
         return GangStep(status=_moved(status, TrainerState.STOPPING, "the spec changed"), look_again_s=0)
@@ -110,12 +111,16 @@ def _why(job: Manifest, seen: Seen) -> str:
             ended = container.get("state", {}).get("terminated")
             if ended is not None and ended.get("exitCode") != 0:
                 return f"{pod['metadata']['name']} exited with {ended['exitCode']} ({ended.get('reason', 'Error')})"
-    reasons = [entry.get("message", "") for entry in job["status"]["conditions"] if entry["type"] == "Failed"]
+    reasons = [
+        entry.get("message", "")
+        for entry in job["status"]["conditions"]
+        if entry["type"] in ("FailureTarget", "Failed")
+    ]
     return reasons[0] if reasons else "its Job failed"
 
 
 def _finished_at(pod: Manifest) -> str:
-    ends = [state["terminated"].get("finishedAt", "") for state in container_states(pod) if "terminated" in state]
+    ends = [state["terminated"].get("finishedAt") or "" for state in container_states(pod) if "terminated" in state]
     return min(ends, default="9999")
 
 
