@@ -84,7 +84,7 @@ def test_restarted_replica_takes_over_at_once_and_the_old_one_is_told(ledger: Le
 
 
 @pytest.mark.failure_mode(26)
-@pytest.mark.parametrize("order", itertools.permutations(["old", "new"]))
+@pytest.mark.parametrize("order", list(itertools.permutations(["old", "new"])))
 def test_later_incarnation_wins_also_in_a_ledger_that_came_back_empty(
     redis_server: RedisServer, open_ledger: OpenLedger, order: tuple[str, ...]
 ) -> None:

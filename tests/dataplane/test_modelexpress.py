@@ -203,7 +203,7 @@ def test_dead_redis_behind_the_server_is_an_error_and_not_an_empty_answer(
     assert len(listed.instances) == 0
     with pytest.raises(RendezvousUnavailable, match=r"its Redis does not answer|DEADLINE_EXCEEDED"):
         rendezvous.fetch("engine-0", "pod-uid-1", 0, deadline=time.monotonic() + 2.0)
-    with pytest.raises(RendezvousUnavailable, match="(publish|renew) engine-0/pod-uid-1/0 failed"):
+    with pytest.raises(RendezvousUnavailable, match=r"(publish|renew) engine-0/pod-uid-1/0 failed"):
         rendezvous.renew(published, deadline=time.monotonic() + 2.0)
     redis_server.start()
     modelexpress_server.restart()

@@ -102,7 +102,7 @@ class Heartbeat:
                 self._on_fenced(error)
         except WeightSyncError as error:
             self._note_failure(error, trace=False)
-        except Exception as error:  # noqa: BLE001 - a bug in a callback must not silence a process that is alive
+        except Exception as error:  # a bug in a callback must not silence a process that is alive
             self._note_failure(error, trace=True)
         else:
             if self.last_error is not None:

@@ -17,7 +17,6 @@ from weightsync.rendezvous.connection import LedgerConnection
 from weightsync.rendezvous.records import Member
 from weightsync.wire import Keys, ReplicaStatus
 
-
 RENEWED_WITHIN_S = 8.0
 """A client that could not reach the ledger a moment ago believes no lease's absence for so long: longer than any
 holder's interval between two beats, by which the living have renewed theirs."""
