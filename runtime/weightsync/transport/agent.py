@@ -57,8 +57,12 @@ class Agent:
     def __init__(self, name: str) -> None:
         from nixl_cu12._api import nixl_agent, nixl_agent_config, nixl_thread_sync_t
 
+        # No progress thread: NIXL's spins on a core for as long as the agent lives. Polling a transfer, or for notifications,
+        # makes progress, and that is done only while a push is open.
         # STRICT: the receiver's worker thread polls notifications while RPCs register and describe memory.
-        config = nixl_agent_config(backends=[BACKEND], sync_mode=nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT)
+        config = nixl_agent_config(
+            backends=[BACKEND], enable_prog_thread=False, sync_mode=nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
+        )
         self.name = name
         self._agent = nixl_agent(name, config)
         self._registrations: list[object] = []
@@ -147,7 +151,9 @@ class Agent:
 class Transfer:
     """A prepared WRITE to one peer: post, poll until terminal, then post again or release."""
 
-    def __init__(self, agent: object, handle: object, descriptors: tuple[object, object], peer: str, length: int) -> None:
+    def __init__(
+        self, agent: object, handle: object, descriptors: tuple[object, object], peer: str, length: int
+    ) -> None:
         self._agent = agent
         self._handle = handle
         self._descriptors = descriptors
@@ -189,7 +195,9 @@ class Transfer:
     def release(self) -> None:
         """Give the handle back. Raises TransportError while bytes may still move: nothing can stop them."""
         if self.in_flight:
-            raise TransportError(f"transfer of {self.length_bytes} bytes to {self.peer} is in flight and cannot be released")
+            raise TransportError(
+                f"transfer of {self.length_bytes} bytes to {self.peer} is in flight and cannot be released"
+            )
         self._agent.release_xfer_handle(self._handle)  # type: ignore[attr-defined]
         for descriptors in self._descriptors:
             self._agent.release_dlist_handle(descriptors)  # type: ignore[attr-defined]
