@@ -33,7 +33,7 @@ def probe(model: str, folder: Path) -> dict[str, Any]:
     ],
 )
 def test_a_live_model_is_traced_and_a_push_equals_a_load(model: str, fused: str, n_padded: int, tmp_path: Path) -> None:
-    """1. tracing writes nothing; 2. every parameter is a target, once; 3. padded rows are fills; 4. all bits are equal."""
+    """1. tracing writes nothing; 2. every parameter is a target; 3. padded rows are fills; 4. all bits are equal."""
     found = probe(model, tmp_path)
     assert found["written_by_trace"] == []
     assert found["targets"] == found["parameters"]

@@ -9,6 +9,7 @@ records, not vLLM.
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -167,9 +168,9 @@ class _Recorder(TorchDispatchMode):
             self.fills.append((fill, len(self.copies)))
 
     def _refuse_other_changes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for i, argument in enumerate(func._schema.arguments):
-            value = args[i] if i < len(args) else kwargs.get(argument.name)
-            if argument.alias_info is None or not argument.alias_info.is_write or not isinstance(value, Tensor):
+        for i, argument in _written_arguments(func):
+            value = args[i] if i < len(args) else kwargs.get(argument)
+            if not isinstance(value, Tensor):
                 continue
             if (found := self.parameters.find(value)) is not None:
                 raise UnsupportedLayout(
@@ -203,6 +204,13 @@ class _Recorder(TorchDispatchMode):
         )
         prove_coverage(layout, axis)
         return layout
+
+
+@functools.cache
+def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
+    """Position and name of each argument that an operator changes in place."""
+    arguments = enumerate(func._schema.arguments)
+    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 def _meta_tensor(source: SourceTensor) -> Tensor:
