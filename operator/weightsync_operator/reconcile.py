@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from pydantic import ValidationError
 
@@ -171,7 +171,8 @@ class Reconciler:
         waits = [RESYNC_S, await self._reporter.report(seen.resource, step.status)]
         waits += [] if step.look_again_s is None else [step.look_again_s]
         before = (memory.refused, memory.taken, memory.dry_run)
-        memory.taken = await self._taken(key[0], seen, step)
+        applied = [action.manifest for action in step.actions if isinstance(action, Apply)]
+        memory.taken = await self._taken(key[0], seen, applied)
         try:
             for action in step.actions:
                 await self._act(key[0], action, seen, memory)
@@ -182,22 +183,20 @@ class Reconciler:
         # What was learnt belongs into the status, which was written before.
         return 0.0 if before != (memory.refused, memory.taken, memory.dry_run) else min(waits)
 
-    async def _taken(self, namespace: str, seen: Seen, step: Step) -> frozenset[ChildKey]:
+    async def _taken(self, namespace: str, seen: Seen, manifests: Iterable[Manifest]) -> frozenset[ChildKey]:
         """Children to be created whose names others use: they are left alone."""
-        new = [
-            _child(action)
-            for action in step.actions
-            if isinstance(action, Apply) and _child(action) not in seen.children
-        ]
+        new = [_child(manifest) for manifest in manifests if _child(manifest) not in seen.children]
         others = await asyncio.gather(*(self._cluster.get(kind, namespace, name) for kind, name in new))
         return frozenset(child for child, other in zip(new, others, strict=True) if other is not None)
 
     async def _act(self, namespace: str, action: Action, seen: Seen, memory: Memory) -> None:
         if isinstance(action, DryRun):
-            memory.dry_run = await dry_run(self._cluster, action)
+            taken = await self._taken(namespace, seen, action.manifests)
+            free = tuple(manifest for manifest in action.manifests if _child(manifest) not in taken)
+            memory.dry_run = await dry_run(self._cluster, dataclasses.replace(action, manifests=free))
         elif not isinstance(action, Apply):
             await carry_out(self._cluster, namespace, action)
-        elif (child := _child(action)) not in memory.taken:
+        elif (child := _child(action.manifest)) not in memory.taken:
             live, stamp = seen.children.get(child), action.manifest["metadata"]["annotations"][ANNOTATION_RENDER]
             if live is not None and memory.settled.get(child) == (_version(live), stamp):
                 return
@@ -206,8 +205,8 @@ class Reconciler:
                 memory.settled[child] = (_version(after), stamp)
 
 
-def _child(action: Apply) -> ChildKey:
-    return action.manifest["kind"], action.manifest["metadata"]["name"]
+def _child(manifest: Manifest) -> ChildKey:
+    return manifest["kind"], manifest["metadata"]["name"]
 
 
 def _version(child: Manifest) -> str:

@@ -10,7 +10,7 @@ import pytest
 from tests.controlplane.builders import DEFAULTS, KEY, UID, make_context
 from weightsync.config import Contract
 from weightsync.preflight import Question
-from weightsync_operator.api.names import LABEL_EPOCH
+from weightsync_operator.api.names import LABEL_EPOCH, LABEL_SESSION
 from weightsync_operator.plan.build.auth import access_list, derive_passwords, secret
 from weightsync_operator.plan.build.trainer import job_for_epoch
 from weightsync_operator.plan.fabric import PROFILES, Memlock
@@ -93,6 +93,17 @@ def test_scaling_suspending_and_the_restart_budget_need_no_new_render() -> None:
         assert revision_of(make_context(**over).spec, "auth") == revision
     assert revision_of(make_context(transfer={"timeoutSeconds": 9}).spec, "auth") != revision
     assert revision_of(make_context().spec, "other passwords") != revision
+
+
+@pytest.mark.failure_mode(46)
+def test_another_session_replaces_engines_and_gang_and_leaves_redis_and_modelexpress_alone() -> None:
+    one, other = render(make_context()), render(make_context(model={"hostPath": "/models/other"}))
+    assert [child for child in one.base if child["kind"] == "Deployment"] == [
+        c for c in other.base if c["kind"] == "Deployment"
+    ]
+    for template in ("engines", "trainer"):
+        sessions = {getattr(r, template)["spec"]["template"]["metadata"]["labels"][LABEL_SESSION] for r in (one, other)}
+        assert sessions == {one.session, other.session}
 
 
 def test_a_stored_render_survives_json() -> None:

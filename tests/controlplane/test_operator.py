@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -334,18 +332,20 @@ def _fill(ledger: RedisServer, session: str, *, version: int, held: tuple[int, .
     redis.lpush(keys.pushes, make_push(version).to_json())
 
 
-def test_the_operator_may_not_read_other_peoples_secrets(kube: Kube, operator_kubeconfig: Path) -> None:
-    asked = (
+@pytest.mark.parametrize(
+    "question",
+    [
         ("list", "secrets"),
         ("watch", "secrets"),
         ("delete", "secrets"),
-        ("create", "pods/exec"),
+        ("create", "pods", "--subresource=exec"),
         ("create", "clusterroles"),
-    )
-    for verb, resource in asked:
-        done = kube.kubectl("auth", "can-i", verb, resource, "--as=system:serviceaccount:weightsync-system:ws-operator")
-        assert done.stdout.strip() == "no", f"{verb} {resource}"
-    assert json.loads(operator_kubeconfig.read_text())["users"]
+        ("delete", "namespaces"),
+    ],
+)
+def test_the_operator_may_do_no_more_than_it_must(kube: Kube, question: tuple[str, ...]) -> None:
+    done = kube.kubectl("auth", "can-i", *question, "--as=system:serviceaccount:weightsync-system:ws-operator")
+    assert done.stdout.strip() == "no"
 
 
 def test_the_operators_words_about_a_refusal_reach_the_status(kube: Kube, kubelet: Kubelet) -> None:

@@ -11,7 +11,6 @@ from weightsync_operator.api.names import (
     LABEL_COMPONENT,
     LABEL_INSTANCE,
     LABEL_MANAGED_BY,
-    LABEL_SESSION,
     MANAGED_BY,
     Component,
 )
@@ -97,7 +96,7 @@ class Context:
 
     def labels(self, component: Component) -> dict[str, str]:
         """Labels of a child and of its pods."""
-        return {**selector_labels(self.owner.name, component), LABEL_SESSION: self.session}
+        return selector_labels(self.owner.name, component)
 
     def metadata(self, name: str, component: Component) -> Manifest:
         """metadata of a child, owned by the WeightSync so that deleting it leaves nothing."""

@@ -9,10 +9,10 @@ from weightsync_operator.plan.build.pod import (
     device_resources,
     env_list,
     fabric_security,
-    pod_template,
     runtime_env,
     runtime_mounts,
     runtime_volumes,
+    session_pod_template,
 )
 from weightsync_operator.plan.overlay import overlay_pod_template
 
@@ -22,7 +22,7 @@ LIVE_PATH = "/weightsync/v1/live"
 
 def stateful_set(ctx: Context, contract_name: str) -> Manifest:
     """The fleet at the spec's replicas. Raises SpecError if podTemplate cannot be laid over it."""
-    template = pod_template(ctx, Component.INFERENCE, _pod(ctx, contract_name))
+    template = session_pod_template(ctx, Component.INFERENCE, _pod(ctx, contract_name))
     return {
         "apiVersion": "apps/v1",
         "kind": "StatefulSet",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from weightsync_operator.api.fields import Resources
-from weightsync_operator.api.names import ANNOTATION_AUTH, Component
+from weightsync_operator.api.names import ANNOTATION_AUTH, LABEL_SESSION, Component
 from weightsync_operator.plan.build.context import Context, Manifest
 from weightsync_operator.plan.fabric import Memlock
 
@@ -31,6 +31,13 @@ def pod_template(ctx: Context, component: Component, spec: Manifest) -> Manifest
             **spec,
         },
     }
+
+
+def session_pod_template(ctx: Context, component: Component, spec: Manifest) -> Manifest:
+    """As `pod_template`, of the session: Redis and ModelExpress outlive sessions, trainers and engines do not."""
+    template = pod_template(ctx, component, spec)
+    template["metadata"]["labels"][LABEL_SESSION] = ctx.session
+    return template
 
 
 def pod_security() -> Manifest:

@@ -15,10 +15,10 @@ from weightsync_operator.plan.build.pod import (
     env_list,
     fabric_security,
     field_env,
-    pod_template,
     runtime_env,
     runtime_mounts,
     runtime_volumes,
+    session_pod_template,
 )
 from weightsync_operator.plan.hashing import digest
 from weightsync_operator.plan.overlay import overlay_pod_template
@@ -30,7 +30,7 @@ EPOCH_ENV = "WEIGHTSYNC_EPOCH"
 def job_template(ctx: Context, contract_name: str) -> Manifest:
     """A Job without an epoch. Raises SpecError if podTemplate cannot be laid over it."""
     spec = ctx.spec.trainer
-    template = pod_template(ctx, Component.TRAINER, _pod(ctx, contract_name))
+    template = session_pod_template(ctx, Component.TRAINER, _pod(ctx, contract_name))
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
