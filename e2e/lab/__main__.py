@@ -1,8 +1,10 @@
 """`python -m e2e.lab`: the lab's command line. Errors are one line on standard error and status 1."""
 
 import argparse
+import fcntl
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -32,14 +34,36 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+@contextmanager
+def only_one(lab: Lab) -> Iterator[None]:
+    """Let one command at a time change the lab; says so while it waits for another."""
+    lock = lab.paths.cache.with_name(f"{lab.paths.cache.name}.lock")  # beside the cache, which `clean` removes
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lab.console.print("waits for another lab command to end", highlight=False)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
 def main(words: Sequence[str]) -> int:
     arguments = parse_arguments(words)
     lab = Lab(lab_paths(), Console(), arguments.provider, arguments.kubeconfig)
+    run = {
+        "up": lab.up,
+        "down": lab.down,
+        "clean": lab.clean,
+        "build": lambda: lab.build(arguments.names),
+        "load": lambda: lab.load(arguments.names),
+    }
     try:
-        if arguments.command in ("build", "load"):
-            getattr(lab, arguments.command)(arguments.names)
+        if arguments.command == "status":
+            lab.status()
         else:
-            getattr(lab, arguments.command)()
+            with only_one(lab):
+                run[arguments.command]()
     except LabError as error:
         print(f"lab {arguments.command}: {error}", file=sys.stderr)
         return 1

@@ -16,7 +16,7 @@ from rich.console import Console
 from e2e.lab.docker import Docker, ensure_docker, find_docker, require_docker, stop_own_docker
 from e2e.lab.errors import LabError
 from e2e.lab.hoststate import restore_host_state, save_host_state
-from e2e.lab.images import IMAGES, build_image, ensure_base_image, registry_reachable
+from e2e.lab.images import IMAGES, build_image, ensure_base_image, registry_reachable, tidy_images
 from e2e.lab.nodeimage import build_node_image
 from e2e.lab.packages import BUILD_PACKAGES, ensure_packages
 from e2e.lab.paths import LAB_SOURCES, LabPaths
@@ -141,11 +141,12 @@ class Lab:
         loads = [Phase(f"load {name}", 180 if name == "runtime" else 30, self._load_task(name),
                        ("cluster", f"image {name}")) for name in IMAGES]  # fmt: skip
         devices = Phase("devices", DEVICES_TIMEOUT_S, self._devices, ("load deviceplugin",))
+        tidy = Phase("tidy", 30, self._tidy, ("node image", *(f"image {name}" for name in IMAGES)))
         early = [phase for phase in tools if phase.name in ("rootfs", "kind", "kube")]
         late = [phase for phase in tools if phase not in early]
         return [
             self._packages(), *self._docker_phases(), *early, self._base(), images["runtime"], *late, node, cluster,
-            *(images[name] for name in IMAGES if name != "runtime"), *loads, devices,
+            *(images[name] for name in IMAGES if name != "runtime"), *loads, devices, tidy,
         ]  # fmt: skip
 
     def _existing_phases(self) -> list[Phase]:
@@ -201,6 +202,10 @@ class Lab:
             return True
         base = ensure_base_image(task, self.paths, docker, registry=False)
         return build_node_image(task, self.paths, docker, base.ref)
+
+    def _tidy(self, task: Task) -> bool:
+        tidy_images(task, require_docker(self.paths))
+        return False
 
     def _cluster(self, task: Task) -> bool:
         save_host_state(self._host_state)

@@ -152,7 +152,7 @@ def _raise_first(failures: Sequence[tuple[Phase, BaseException]]) -> None:
 
 
 def _run_phase(phase: Phase, paths: LabPaths, progress: _Progress) -> None:
-    task = Task(phase.name, paths.logs / f"{phase.name}.log")
+    task = Task(phase.name, paths.logs / f"{phase.name.replace(' ', '-')}.log")
     started = time.monotonic()
     timing: Timing | None = None
     progress.start(phase, task)

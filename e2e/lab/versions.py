@@ -27,7 +27,6 @@ class Versions:
     hatchling: str
     registry_base: str
     registry_rust: str
-    registry_redis: str
     registry_node: str
 
 
@@ -50,7 +49,6 @@ def read_versions(path: Path = VERSIONS_FILE) -> Versions:
             hatchling=table["image_build"]["hatchling"],
             registry_base=images["base"],
             registry_rust=images["rust"],
-            registry_redis=images["redis"],
             registry_node=images["node"],
         )
     except KeyError as error:

@@ -2,6 +2,7 @@
 
 import os
 import queue
+import runpy
 import subprocess
 import sys
 import threading
@@ -20,13 +21,9 @@ WAIT_S = 20.0
 
 
 @pytest.fixture(scope="module")
-def messages() -> Iterator[Any]:
-    """The plug-in's messages, imported as the plug-in imports them."""
-    sys.path.insert(0, str(SOURCES))
-    import messages as module
-
-    yield module.MESSAGES
-    sys.path.remove(str(SOURCES))
+def messages() -> Any:
+    """The plug-in's messages by name."""
+    return runpy.run_path(str(SOURCES / "messages.py"))["MESSAGES"]
 
 
 class Kubelet(grpc.GenericRpcHandler):
@@ -39,7 +36,9 @@ class Kubelet(grpc.GenericRpcHandler):
 
     def service(self, handler_call_details: Any) -> Any:
         return grpc.unary_unary_rpc_method_handler(
-            self._register, self._messages["RegisterRequest"].FromString, lambda message: message.SerializeToString()
+            self._register,
+            request_deserializer=self._messages["RegisterRequest"].FromString,
+            response_serializer=self._messages["Empty"].SerializeToString,
         )
 
     def _register(self, request: Any, context: grpc.ServicerContext) -> Any:

@@ -1,4 +1,4 @@
-# Redis from Debian's package, for labs without a container registry; elsewhere the stock image is used.
+# Redis from Debian's package: the lab's stand-in for the stock image, which a machine without a registry cannot pull.
 ARG BASE_IMAGE=debian:bookworm-slim
 FROM ${BASE_IMAGE}
 RUN apt-get update \

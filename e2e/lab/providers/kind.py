@@ -56,9 +56,10 @@ class KindProvider:
 
     def up(self, task: Task) -> bool:
         """Create the cluster on its image store and wait for the node, DNS and the Service proxy."""
-        if self._exists():
+        if self._node_state() == "running":
             self._kind(task, "export", "kubeconfig", "--name", CLUSTER, "--kubeconfig", self.kubeconfig)
             return True
+        self.down(task)  # a node that Docker or the machine stopped does not come back whole
         self._make_folders()
         image = self._node_image(task)
         config = self._paths.lab / "kind.json"
@@ -84,7 +85,7 @@ class KindProvider:
 
     def down(self, task: Task) -> None:
         """Delete the cluster and its kubeconfig; the image store stays in the cache."""
-        if self._exists():
+        if self._node_state() is not None:
             self._kind(task, "delete", "cluster", "--name", CLUSTER, "--kubeconfig", self.kubeconfig)
         self.kubeconfig.unlink(missing_ok=True)
 
@@ -168,8 +169,9 @@ class KindProvider:
         self.node_exec(["kill", f"-{signal_name}", *map(str, pids)])
         return tuple(pids)
 
-    def _exists(self) -> bool:
-        return self._docker.ask("container", "inspect", "--format", "{{.State.Running}}", NODE) == "true"
+    def _node_state(self) -> str | None:
+        """Docker's word for the node's container; None when there is none."""
+        return self._docker.ask("container", "inspect", "--format", "{{.State.Status}}", NODE)
 
     def _node_image_id(self, ref: str) -> str | None:
         words = ["docker", "exec", NODE, "crictl", "inspecti", ref]
