@@ -11,6 +11,8 @@ import random
 from collections.abc import Callable
 
 from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from weightsync.wire import Keys, PushSummary, ReplicaStatus
@@ -105,7 +107,12 @@ async def read_ledger(ledger: Ledger) -> LedgerView:
     """One look at a session's ledger. Raises RedisError, OSError or ValueError (a record that is no JSON)."""
     keys = Keys(ledger.session)
     async with Redis(
-        host=ledger.host, port=ledger.port, username=ledger.username, password=ledger.password, decode_responses=True
+        host=ledger.host,
+        port=ledger.port,
+        username=ledger.username,
+        password=ledger.password,
+        decode_responses=True,
+        retry=Retry(NoBackoff(), 0),  # the next poll is the retry, and a refusal is told in its own words
     ) as redis:
         async with redis.pipeline(transaction=False) as pipe:
             pipe.hgetall(keys.head)

@@ -98,7 +98,7 @@ def kubelet(kube: Kube) -> Kubelet:
     return Kubelet(kube)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ledger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """The Redis that the operator process takes for every resource's own."""
     server = make_redis_server(tmp_path_factory.mktemp("ledger"))
@@ -107,11 +107,14 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     server.kill()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def operator_log(
     operator_kubeconfig: Path, ledger: RedisServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Path]:
-    """`python -m weightsync_operator` with the chart's rights, up and healthy; its log."""
+    """`python -m weightsync_operator` with the chart's rights, up and healthy; its log.
+
+    It serves all namespaces and ends with its module: tests that drive passes themselves must be alone with theirs.
+    """
     folder, port = tmp_path_factory.mktemp("operator-process"), free_port()
     (folder / "key").write_bytes(KEY)
     environ = {

@@ -310,7 +310,7 @@ def test_an_unreachable_ledger_is_told_and_its_last_figures_stay() -> None:
         (["tcp", "self", "cuda_copy"], ("True", Reason.EXPECTED_TRANSPORT)),
         (["tcp", "cma"], ("False", Reason.UNEXPECTED_TRANSPORT)),
         (["self"], ("False", Reason.UNEXPECTED_TRANSPORT)),
-        ([], ("Unknown", Reason.NO_PUSH_YET)),
+        ([], ("Unknown", Reason.NOT_REPORTED)),
     ],
 )
 def test_the_transports_in_use_are_held_against_the_profile(transports: list[str], verdict: tuple[str, str]) -> None:

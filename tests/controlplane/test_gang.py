@@ -53,6 +53,13 @@ def test_an_epoch_that_only_the_ledger_remembers_is_not_used_again() -> None:
     assert _step(TrainerStatus(), ledger=make_ledger(epoch=7)).status.epoch == 8
 
 
+@pytest.mark.failure_mode(63)
+def test_a_lost_status_does_not_repeat_an_epoch() -> None:
+    step = _step(TrainerStatus(), make_job(TEMPLATE, 4), _rank())
+    assert (step.status.epoch, [type(action) for action in step.actions]) == (4, [Delete])
+    assert _step(step.status).status.epoch == 5
+
+
 def test_a_job_that_exists_is_running() -> None:
     step = _step(_status(TrainerState.STARTING), make_job(TEMPLATE, 1))
     assert (step.status.state, step.actions) == (TrainerState.RUNNING, ())

@@ -101,6 +101,7 @@ class Reason(enum.StrEnum):
     EXPECTED_TRANSPORT = "ExpectedTransport"
     UNEXPECTED_TRANSPORT = "UnexpectedTransport"
     NO_PUSH_YET = "NoPushYet"
+    NOT_REPORTED = "NotReported"
     REACHABLE = "Reachable"
     UNREACHABLE = "Unreachable"
     NOT_READ_YET = "NotReadYet"

@@ -54,6 +54,10 @@ class LastPush(Section):
 
     version: Count = 0
     """The version that it carried."""
+    epoch: Count = 0
+    """The trainer's incarnation."""
+    step: int = 0
+    """The trainer's own label."""
     outcome: Annotated[str, Field(max_length=16)] = ""
     """COMMIT or ABORT."""
     reason: Text = ""
@@ -68,6 +72,10 @@ class LastPush(Section):
     """GBps with its unit, for the column of kubectl."""
     pause_seconds: float = 0.0
     """The longest pause of any engine."""
+    digest: Annotated[str, Field(max_length=64)] = ""
+    """Of all targets of one engine, as measured in live memory."""
+    digest_ok: bool = False
+    """True when every engine measured it before it served."""
     phases: Annotated[dict[str, float], Field(max_length=32)] = Field(default_factory=dict)
     """Seconds by phase."""
     finished_at: Annotated[str, Field(max_length=32, json_schema_extra={"format": "date-time"})] | None = None

@@ -177,8 +177,10 @@ def _abort_message(push: PushSummary) -> str:
 
 def _transport_verified(facts: Facts) -> Verdict:
     push = facts.last_push
-    if push is None or not push.transports:
+    if push is None:
         return Verdict(None, Reason.NO_PUSH_YET, f"expected: {', '.join(facts.transports)}")
+    if not push.transports:
+        return Verdict(None, Reason.NOT_REPORTED, f"UCX_TLS leaves a choice; expected: {', '.join(facts.transports)}")
     used = set(push.transports) - _HELPERS
     unexpected = sorted(used - set(facts.transports))
     if unexpected or not used:

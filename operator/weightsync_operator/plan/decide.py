@@ -205,6 +205,8 @@ def _shown_push(push: PushSummary) -> LastPush:
     gbps = float(f"{push.gbps:.3g}")
     return LastPush(
         version=push.version,
+        epoch=push.epoch,
+        step=push.step,
         outcome=push.outcome[:16],
         reason=push.reason[:1024],
         seconds=round(push.seconds, 4),
@@ -212,6 +214,8 @@ def _shown_push(push: PushSummary) -> LastPush:
         gbps=gbps,
         throughput=f"{gbps:g} GB/s",
         pause_seconds=round(push.pause_seconds, 4),
+        digest=push.digest[:64],
+        digest_ok=push.digest_ok,
         phases={phase: round(took_s, 4) for phase, took_s in sorted(push.phases.items())[:32]},
         finished_at=timestamp(push.finished_at) if push.finished_at else None,
     )

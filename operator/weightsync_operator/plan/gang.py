@@ -47,8 +47,8 @@ class GangStep:
 
 def step_gang(wish: GangWish, before: TrainerStatus, seen: Seen) -> GangStep:
     """The next transition of the gang."""
-    status = _for_spec(wish, before)
     jobs = seen.of_kind("Job", Component.TRAINER)
+    status = _remembering(_for_spec(wish, before), jobs)
     if status.state is TrainerState.FAILED and status.restarts <= wish.restarts:
         status = _moved(status, TrainerState.STOPPING, "the restart budget was raised")
     if status.state in _LATCHED:
@@ -76,6 +76,12 @@ def _for_spec(wish: GangWish, before: TrainerStatus) -> TrainerStatus:
     if before.state in _LATCHED:
         return _moved(fresh, TrainerState.STOPPING, "spec.trainer changed")
     return fresh
+
+
+def _remembering(status: TrainerStatus, jobs: list[Manifest]) -> TrainerStatus:
+    """A status that was lost must not lead to an epoch that already was."""
+    known = max((_epoch(job) for job in jobs), default=0)
+    return status if known <= status.epoch else status.model_copy(update={"epoch": known})
 
 
 def _watch(wish: GangWish, status: TrainerStatus, job: Manifest, seen: Seen) -> GangStep:

@@ -51,8 +51,8 @@ _TCP = FabricProfile(
     name="tcp",
     reason="spec.fabric.profile is tcp: bytes travel over the pod network",
     resource_name=None,
-    # cuda_copy and cuda_ipc stage GPU memory for the wire; without a GPU UCX leaves them out by itself.
-    env=MappingProxyType({"UCX_TLS": "tcp,self,cuda_copy,cuda_ipc"}),
+    # cuda_copy stages GPU memory for the wire; without a GPU UCX leaves it out by itself. One wire alone is proved by exclusion.
+    env=MappingProxyType({"UCX_TLS": "tcp,self,cuda_copy"}),
     engine_env=_NOTHING,
     transports=("tcp",),
     revocation=Revocation.AGENT,

@@ -1,0 +1,51 @@
+"""The operator says in one line what is missing, and starts with nothing half-set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from weightsync_operator.settings import Settings, SettingsError
+
+
+@pytest.fixture
+def environ(tmp_path: Path) -> dict[str, str]:
+    key = tmp_path / "key"
+    key.write_text("k" * 32)
+    return {
+        "WEIGHTSYNC_IMAGE_RUNTIME": "r",
+        "WEIGHTSYNC_IMAGE_REDIS": "d",
+        "WEIGHTSYNC_IMAGE_MODELEXPRESS": "m",
+        "WEIGHTSYNC_OPERATOR_KEY_FILE": str(key),
+    }
+
+
+def test_what_is_not_set_has_a_default(environ: dict[str, str]) -> None:
+    settings = Settings.load(environ)
+    assert (settings.liveness_port, settings.kubeconfig, settings.defaults.pull_policy) == (8080, None, "IfNotPresent")
+
+
+def test_the_key_is_in_no_log(environ: dict[str, str]) -> None:
+    assert "kkkk" not in repr(Settings.load(environ))
+
+
+@pytest.mark.parametrize("name", ["WEIGHTSYNC_IMAGE_RUNTIME", "WEIGHTSYNC_IMAGE_REDIS", "WEIGHTSYNC_OPERATOR_KEY_FILE"])
+def test_a_missing_variable_is_named(environ: dict[str, str], name: str) -> None:
+    del environ[name]
+    with pytest.raises(SettingsError, match=name):
+        Settings.load(environ)
+
+
+@pytest.mark.parametrize("port", ["", "x", "0", "70000", "-1"])
+def test_a_bad_port_is_named(environ: dict[str, str], port: str) -> None:
+    with pytest.raises(SettingsError, match="WEIGHTSYNC_LIVENESS_PORT"):
+        Settings.load({**environ, "WEIGHTSYNC_LIVENESS_PORT": port})
+
+
+def test_a_missing_and_a_short_key_are_refused(environ: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="No such file"):
+        Settings.load({**environ, "WEIGHTSYNC_OPERATOR_KEY_FILE": str(tmp_path / "none")})
+    (tmp_path / "short").write_text("k")
+    with pytest.raises(SettingsError, match="holds 1 bytes: 32 or more"):
+        Settings.load({**environ, "WEIGHTSYNC_OPERATOR_KEY_FILE": str(tmp_path / "short")})
