@@ -5,6 +5,7 @@ For tests of what talks to Kubernetes and needs no running pod. Imports the stan
 
 import json
 import secrets
+import shutil
 import socket
 import ssl
 import subprocess
@@ -93,9 +94,15 @@ def _kubeconfig(url: str, token: str, ca_path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _process(name: str, argv: Sequence[str], directory: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server with its output in `directory`/`name`.log; ended by its own pid on the way out."""
+    """Run a server with its output in `directory`/`name`.log; ended by its own pid on the way out.
+
+    Where setpriv is there it also ends with this process, however that dies: a killed test run leaves no API server.
+    """
+    guard = ["setpriv", "--pdeathsig", "TERM", "--"] if shutil.which("setpriv") else []
     with (directory / f"{name}.log").open("wb") as log:
-        process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=directory)
+        process = subprocess.Popen(
+            [*guard, *argv], stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=directory
+        )
     try:
         yield process
     finally:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ CAP_SYS_RESOURCE = 24
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 60.0
 MAX_SOCKET_PATH_BYTES = 107
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -151,10 +153,21 @@ def stop_own_docker(task: Task, paths: LabPaths) -> None:
             "dockerd's end", lambda: _own_pid(paths), lambda left: left is None, timeout_s=STOP_TIMEOUT_S,
             cure=f"read {paths.docker / 'dockerd.log'}",
         )  # fmt: skip
+        _remove_empty_cgroups()
     for mount in sorted(_mounts_below(paths.docker), reverse=True):
         task.run(["umount", mount])
     if Path(f"/sys/class/net/{BRIDGE}").exists():
         task.run(["ip", "link", "delete", BRIDGE])
+
+
+def _remove_empty_cgroups() -> None:
+    """dockerd leaves its (now empty) parent groups behind, one a hierarchy; one that is in use refuses to go."""
+    for top in (CGROUPS / "docker", *CGROUPS.glob("*/docker")):
+        if not top.is_dir():
+            continue
+        for folder in sorted((path for path in (top, *top.rglob("*")) if path.is_dir()), reverse=True):
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _own_pid(paths: LabPaths) -> int | None:

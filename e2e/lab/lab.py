@@ -141,7 +141,7 @@ class Lab:
         loads = [Phase(f"load {name}", 180 if name == "runtime" else 30, self._load_task(name),
                        ("cluster", f"image {name}")) for name in IMAGES]  # fmt: skip
         devices = Phase("devices", DEVICES_TIMEOUT_S, self._devices, ("load deviceplugin",))
-        tidy = Phase("tidy", 30, self._tidy, ("node image", *(f"image {name}" for name in IMAGES)))
+        tidy = Phase("tidy", 60, self._tidy, ("node image", *(f"image {name}" for name in IMAGES)))
         early = [phase for phase in tools if phase.name in ("rootfs", "kind", "kube")]
         late = [phase for phase in tools if phase not in early]
         return [

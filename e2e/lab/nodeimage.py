@@ -36,8 +36,8 @@ def build_node_image(task: Task, paths: LabPaths, docker: Docker, base: str) -> 
     versions = read_versions()
     tools = [tool_path(name, paths) for name in ("kube", "coredns", "pause", "kind")]
     base_id = docker.ask("image", "inspect", "--format", "{{.Id}}", base) or base
-    key = content_key(base_id, str(versions), NODE_SOURCES, *(str(each) for each in tools))
-    refs = {**control_plane_refs(versions), "node": (NODE_IMAGE,)}  # the node last: it stands for all of them
+    refs = {**control_plane_refs(versions), "node": (NODE_IMAGE,)}
+    key = content_key(base_id, str(refs), NODE_SOURCES, *(str(each) for each in tools))
     if all(image_key(docker, ref) == key for names in refs.values() for ref in names):
         return True
     with tempfile.TemporaryDirectory(prefix="weightsync-node-") as folder:

@@ -193,25 +193,34 @@ class KindProvider:
         return ref
 
     def _prepare_store(self, task: Task, image: str) -> Path:
-        """The image store for this node image: control plane put in once, leftovers of the last cluster removed."""
-        stores = self._paths.cache / "node-store"
-        store = stores / image_id(self._docker, image).removeprefix("sha256:")[:16]
+        """The node's image store: control plane put in when it is new, leftovers of the last cluster removed.
+
+        One folder an origin of the node image, since a store belongs to its containerd. `.prepared` says what was put in.
+        """
+        origin = "pulled" if self._registry else "built"
+        store = self._paths.cache / "node-store" / origin
         prepared = store / ".prepared"
+        refs = (
+            [image]
+            if self._registry
+            else [ref for each in control_plane_refs(read_versions()).values() for ref in each]
+        )
+        wanted = "\n".join(f"{ref} {image_id(self._docker, ref)}" for ref in refs)
+        store.mkdir(parents=True, exist_ok=True)
         if prepared.exists():
             task.say("forgets what the last cluster ran")
             self._store_helper(task, store, image, "prune")
+        if prepared.exists() and prepared.read_text() == wanted:
             return store
-        for other in stores.glob("*"):
-            shutil.rmtree(other)
-        store.mkdir(parents=True)
         if self._registry:
             task.say("copies the node image's own store")
+            shutil.rmtree(store)
+            store.mkdir()
             self._store_helper(task, store, image, "copy")
         else:
             task.say("imports the control plane's images")
-            refs = [ref for names in control_plane_refs(read_versions()).values() for ref in names]
             self._store_helper(task, store, image, "import", saved=refs)
-        prepared.touch()
+        prepared.write_text(wanted)
         return store
 
     def _store_helper(self, task: Task, store: Path, image: str, step: str, *, saved: Sequence[str] = ()) -> None:
