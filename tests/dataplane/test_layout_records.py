@@ -131,3 +131,9 @@ def test_overlapping_windows_are_told_from_nested_dims() -> None:
     assert is_nested(((4, 12), (2, 6)), 6)
     assert not is_nested(((4, 5),), 6)
     assert not is_nested(((3, 0),), 1)
+
+
+@pytest.mark.parametrize(("shape", "strides"), [((2, 3), (3,)), ((2,), (-1,)), ((-2,), (1,))])
+def test_a_view_that_no_tensor_has_is_refused(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    with pytest.raises(PlanError, match="no view has shape"):
+        canonical(shape, strides)

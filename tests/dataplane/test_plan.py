@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -268,3 +270,9 @@ def test_a_rank_that_the_plan_does_not_know_is_refused() -> None:
     toy = attention()
     with pytest.raises(PlanError, match=r"rank 5 is not among the plan's ranks \[0, 1\]"):
         make_plan(chunked(toy.source_tensors(), 2), toy.layout()).writes(5)
+
+
+def test_planning_needs_no_torch() -> None:
+    """The operator's preflight and laptops plan too."""
+    code = "import sys, weightsync.plan; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

@@ -18,13 +18,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Mo
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
 
 SIZES: dict[str, Any] = dict(
-    vocab_size=500, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    vocab_size=500,
+    hidden_size=128,
+    intermediate_size=192,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
 )
+MOE: dict[str, Any] = dict(head_dim=32, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2)
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
-    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(**SIZES, head_dim=32, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2)
-    ),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **MOE)),
 }
 
 
@@ -70,7 +74,9 @@ def compare(model: Any, folder: str) -> dict[str, Any]:
         params[fill.target].view(torch.int16).view(-1)[fill.offset : fill.offset + fill.numel] = fill.value_bits
     layouts = chunked(sources, 3)
     execute(make_plan(layouts, layout), layouts, weights, params)
-    differing = [n for n, param in params.items() if not torch.equal(param.view(torch.int16), loaded[n].view(torch.int16))]
+    differing = [
+        n for n, param in params.items() if not torch.equal(param.view(torch.int16), loaded[n].view(torch.int16))
+    ]
     return {
         "written_by_trace": written,
         "differing": differing,

@@ -16,8 +16,7 @@ SHOWN = 5
 
 
 def prove_coverage(layout: TargetLayout, targets: Axis[Target]) -> None:
-    """Raise CoverageError naming each target of which an element is written by nobody, or by more than one copy or
-    fill.
+    """Raise CoverageError naming each target of which an element is written by nobody, or more than once.
 
     Raises PlanError for a write outside its target.
     """
@@ -30,7 +29,8 @@ def prove_coverage(layout: TargetLayout, targets: Axis[Target]) -> None:
     overlaps[-1] = False
     if gaps.any() or overlaps.any():
         faults = _missing(targets, reached[gaps], ends[gaps])
-        faults += [_twice(layout, targets, int(p)) for p in ends[overlaps]]
+        _, first = np.unique(np.searchsorted(targets.bounds, ends[overlaps], side="right"), return_index=True)
+        faults += [_twice(layout, targets, position) for position in ends[overlaps][first].tolist()]
         raise CoverageError(listed(faults))
 
 
@@ -78,17 +78,19 @@ def _written(layout: TargetLayout, targets: Axis[Target]) -> tuple[np.ndarray, n
 
 
 def _missing(targets: Axis[Target], starts: np.ndarray, stops: np.ndarray) -> list[str]:
-    """One fault a target, for gaps [start, stop) on the target axis; a gap may span several targets."""
-    lost: dict[int, tuple[int, int, int]] = {}
-    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-        i = int(np.searchsorted(targets.bounds, start, side="right")) - 1
-        while start < stop:
-            low, high = int(targets.bounds[i]), min(stop, int(targets.bounds[i + 1]))
-            if high > start:
-                first = lost.get(i, (start - low, high - low, 0))
-                lost[i] = (first[0], first[1], first[2] + high - start)
-            start, i = max(start, high), i + 1
-    return [_gap(targets.tensors[i], *found) for i, found in sorted(lost.items())]
+    """One fault a target, for gaps [start, stop) of the target axis; a gap may span several targets."""
+    begin = np.searchsorted(targets.bounds, starts, side="right") - 1
+    gap, number = spread(np.searchsorted(targets.bounds, stops, side="left") - begin)
+    target = begin[gap] + number
+    low = np.maximum(starts[gap], targets.bounds[target]) - targets.bounds[target]
+    high = np.minimum(stops[gap], targets.bounds[target + 1]) - targets.bounds[target]
+    lost = np.bincount(target, weights=high - low, minlength=len(targets.tensors)).astype(np.int64)
+    found, first = np.unique(target, return_index=True)
+    return [
+        _gap(targets.tensors[i], int(low[at]), int(high[at]), int(lost[i]))
+        for i, at in zip(found.tolist(), first.tolist(), strict=True)
+        if lost[i]
+    ]
 
 
 def _gap(target: Target, start: int, stop: int, count: int) -> str:

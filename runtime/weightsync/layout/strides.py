@@ -1,10 +1,12 @@
-"""Strided views reduced to runs of neighbouring elements. numpy only."""
+"""Strided views reduced to runs of neighbouring elements. Imports numpy and the errors."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
 import numpy as np
+
+from weightsync.errors import PlanError
 
 Outer = tuple[tuple[int, ...], ...]
 
@@ -14,8 +16,13 @@ def canonical(shape: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[Outer,
     """Merge the dims of views of one shape as far as all of them allow.
 
     Returns (outer, run): `outer` lists (count, stride in each view) with strides of the first view descending, `run`
-    is the number of elements that are neighbours in every view. A shape without elements gives a run of 0.
+    is the number of elements that are neighbours in every view. A shape without elements gives a run of 0. Raises PlanError
+    for what no tensor has.
     """
+    if any(len(view) != len(shape) or min(view, default=0) < 0 for view in strides) or min(shape, default=0) < 0:
+        raise PlanError(
+            f"no view has shape {shape} and strides {strides}: one count and one stride a dim, none negative"
+        )
     if 0 in shape:
         return (), 0
     dims = sorted(

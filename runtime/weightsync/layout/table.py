@@ -139,8 +139,7 @@ def _source_form(
             raise PlanError(
                 f"copy from {copy.source} to {copy.target} touches elements beyond the {tensor.numel} of {tensor.name}"
             )
-    moving = tuple(dim for dim in outer if dim[1] > 0)
-    if not is_nested(moving, run):
+    if not is_nested(tuple(dim for dim in outer if dim[1] > 0), run):
         raise UnsupportedLayout(
             f"{copy.target}: the loader reads overlapping windows of {copy.source} "
             f"(shape {copy.shape}, strides {copy.source_strides})"
