@@ -3,32 +3,27 @@
 Imports the standard library and the lab's own modules.
 """
 
-import functools
 import io
 import json
 import os
-import subprocess
 import tarfile
 import tempfile
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from e2e.lab.content import content_key, files_below
 from e2e.lab.docker import Docker
-from e2e.lab.errors import LabError
+from e2e.lab.dockerimages import CONTENT_LABEL, image_key, inspect_image
 from e2e.lab.paths import REPOSITORY, LabPaths
 from e2e.lab.task import Task
 from e2e.lab.thinimage import ThinImage, layers_of
 from e2e.lab.tools import tool_path
 from e2e.lab.versions import Versions, read_versions
 
-CONTENT_LABEL = "weightsync.dev/content"
-LOCAL_BASE = "weightsync/base:dev"
 PROJECT_LAYER_TARGET = "project-layer"
-REGISTRY_ENV = "WEIGHTSYNC_LAB_REGISTRY"
-REGISTRY_TIMEOUT_S = 20.0
 PROJECT_FILES = (
     "Dockerfile",
     "pyproject.toml",
@@ -39,6 +34,7 @@ PROJECT_FILES = (
     "examples/smollm2",
     "e2e/lab/images",
 )
+BASE_FILES = ("Dockerfile", "constraints.txt", "e2e/lab/images")
 
 
 @dataclass(frozen=True)
@@ -55,12 +51,17 @@ class Image:
     base_target: str | None = None
     """The target below the project's layer, for images that consist of a heavy base and that layer."""
     dependencies_target: str | None = None
-    """The stage that installs; it gets a name of its own so that `tidy_images` leaves it for the next build."""
+    """The stage that installs; it gets a name so that `tidy_images` leaves it for the next build."""
 
     @property
     def base_ref(self) -> str:
         """The name of the image below the project's layer."""
         return self.ref.replace(":", "-base:")
+
+    @property
+    def dependencies_ref(self) -> str:
+        """The name of the stage that installed the base's packages."""
+        return self.ref.replace(":", "-dependencies:")
 
     @property
     def layer_ref(self) -> str:
@@ -89,77 +90,75 @@ IMAGES: Mapping[str, Image] = {
 }  # fmt: skip
 
 
-@functools.cache
-def registry_reachable(docker: Docker) -> bool:
-    """Whether a container registry gives the pinned base image; WEIGHTSYNC_LAB_REGISTRY=0 or 1 decides instead of a probe."""
-    said = os.environ.get(REGISTRY_ENV)
-    if said is not None:
-        return said == "1"
-    argv = ["docker", "manifest", "inspect", read_versions().registry_base]
-    environment = {**os.environ, **docker.environment()}
-    try:
-        return (
-            subprocess.run(
-                argv, env=environment, check=False, capture_output=True, timeout=REGISTRY_TIMEOUT_S
-            ).returncode
-            == 0
-        )
-    except subprocess.TimeoutExpired:
-        return False
+def build_image(task: Task, paths: LabPaths, docker: Docker, name: str, base: str) -> bool:
+    """Build one of IMAGES on `base` unless it is there with the same content; returns whether it was."""
+    image = IMAGES[name]
+    build = _Build(task, paths, docker, image, tuple(_build_arguments(image, read_versions(), base)))
+    inputs = [name, docker.ask("image", "inspect", "--format", "{{.Id}}", base) or base, *build.arguments]
+    if image.tool:
+        inputs.append(str(tool_path(image.tool, paths)))
+    key = content_key(*inputs, *(REPOSITORY / each for each in image.files))
+    if image_key(docker, image.ref) == key:
+        return True
+    if image.base_target is None:
+        build.target(image.ref, image.target, key=key)
+    else:
+        _build_layered(build, inputs, key)
+    return False
 
 
 @dataclass(frozen=True)
-class BaseImage:
-    """What every other image is built on."""
+class _Build:
+    """One image's build: what every `docker build` of it shares."""
 
-    ref: str
-    cached: bool
+    task: Task
+    paths: LabPaths
+    docker: Docker
+    image: Image
+    arguments: tuple[str, ...]
 
-
-def ensure_base_image(task: Task, paths: LabPaths, docker: Docker, *, registry: bool) -> BaseImage:
-    """The registry's base image, or a Debian made by debootstrap and imported once."""
-    if registry:
-        return BaseImage(read_versions().registry_base, cached=True)
-    root = tool_path("rootfs", paths)
-    key = content_key(str(root))
-    if image_key(docker, LOCAL_BASE) == key:
-        return BaseImage(LOCAL_BASE, cached=True)
-    task.say("imports the Debian root as an image")
-    changes = ["--change", f"LABEL {CONTENT_LABEL}={key}", "--change", 'CMD ["bash"]']
-    task.run(["docker", "import", *changes, root, LOCAL_BASE], env=docker.environment())
-    return BaseImage(LOCAL_BASE, cached=False)
-
-
-def image_key(docker: Docker, ref: str) -> str | None:
-    """The content key that an image was built from; None when there is no such image."""
-    return docker.ask("image", "inspect", "--format", f'{{{{index .Config.Labels "{CONTENT_LABEL}"}}}}', ref)
-
-
-def build_image(task: Task, paths: LabPaths, docker: Docker, name: str, base: str) -> bool:
-    """Build one of IMAGES on `base` unless it is there with the same content; returns whether it was."""
-    image, versions = IMAGES[name], read_versions()
-    arguments = _build_arguments(image, versions, base)
-    files = [REPOSITORY / each for each in image.files]
-    tool = [str(tool_path(image.tool, paths))] if image.tool else []
-    key = content_key(
-        name, docker.ask("image", "inspect", "--format", "{{.Id}}", base) or base, *arguments, *tool, *files
-    )
-    if image_key(docker, image.ref) == key:
-        return True
-    targets = {image.ref: image.target}
-    if image.base_target:
-        targets |= {image.base_ref: image.base_target, image.layer_ref: PROJECT_LAYER_TARGET}
-        targets |= {image.ref.replace(":", "-dependencies:"): image.dependencies_target}
-    label = ["--label", f"{CONTENT_LABEL}={key}"]
-    for ref, target in reversed(targets.items()):  # the image itself last: its label says that all are there
-        task.say(f"builds {ref}")
-        argv = ["docker", "build", "--network", "host", "--file", image.dockerfile, "--tag", ref, *arguments]
-        argv += [*(label if ref == image.ref else []), *(["--target", target] if target else []), "-"]
+    def target(self, ref: str, target: str | None, *, key: str | None = None) -> None:
+        """Build a target of the image's Dockerfile from a context with the image's files alone."""
+        image = self.image
         with tempfile.TemporaryFile() as context:
-            _write_context(context, files, tool_path(image.tool, paths) if image.tool else None)
+            files = [REPOSITORY / each for each in image.files]
+            _write_context(context, files, tool_path(image.tool, self.paths) if image.tool else None)
             context.seek(0)
-            task.run(argv, env=docker.environment(), stdin=context, cure="read the log")
-    return False
+            words = ["--network", "host", "--file", image.dockerfile, *(["--target", target] if target else [])]
+            self.run(ref, [*words, *self.arguments], context, key=key)
+
+    def run(self, ref: str, words: Sequence[str], stdin: IO[bytes], *, key: str | None) -> None:
+        """`docker build` with its context or Dockerfile on standard input."""
+        self.task.say(f"builds {ref}")
+        label = ["--label", f"{CONTENT_LABEL}={key}"] if key else []
+        argv = ["docker", "build", "--tag", ref, *label, *words, "-"]
+        self.task.run(argv, env=self.docker.environment(), stdin=stdin, cure="read the log")
+
+
+def _build_layered(build: _Build, inputs: Sequence[str], key: str) -> None:
+    """The base where its own inputs changed, then the project's layer, then the one upon the other.
+
+    This is what the Dockerfile's last target does. Building that target would make the classic builder read the base's 5 GB
+    each time, to see that its cache holds.
+    """
+    image = build.image
+    base_key = content_key(*inputs, dependencies_of_project(), *(REPOSITORY / each for each in BASE_FILES))
+    if image_key(build.docker, image.base_ref) != base_key:
+        build.target(image.dependencies_ref, image.dependencies_target)
+        build.target(image.base_ref, image.base_target, key=base_key)
+    build.target(image.layer_ref, PROJECT_LAYER_TARGET)
+    dockerfile = f"FROM {image.base_ref}\nCOPY --from={image.layer_ref} / /\n"
+    with tempfile.TemporaryFile() as text:
+        text.write(dockerfile.encode())
+        text.seek(0)
+        build.run(image.ref, [], text, key=key)
+
+
+def dependencies_of_project() -> str:
+    """The part of pyproject.toml that the heavy layers depend on."""
+    table = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    extras = {name: lines for name, lines in table["project"]["optional-dependencies"].items() if name != "dev"}
+    return json.dumps([table["project"]["dependencies"], extras, table["tool"]["uv"]["override-dependencies"]])
 
 
 def _build_arguments(image: Image, versions: Versions, base: str) -> list[str]:
@@ -195,25 +194,6 @@ def _add(archive: tarfile.TarFile, path: Path, name: str) -> None:
     info.mode = 0o755 if os.access(path, os.X_OK) else 0o644
     with path.open("rb") as data:
         archive.addfile(info, data)
-
-
-def tidy_images(task: Task, docker: Docker) -> None:
-    """Remove what earlier builds left without a name (5 GB a change of the runtime's dependencies), in our own daemon alone."""
-    if docker.ours:
-        task.run(["docker", "image", "prune", "--force"], env=docker.environment())
-
-
-def inspect_image(docker: Docker, ref: str) -> dict[str, Any]:
-    """What `docker image inspect` says; raises LabError when there is no such image."""
-    said = docker.ask("image", "inspect", ref)
-    if said is None:
-        raise LabError(f"image {ref} is not there", cure="run `python -m e2e.lab up`, or build it")
-    return json.loads(said)[0]
-
-
-def image_id(docker: Docker, ref: str) -> str:
-    """The digest of an image's configuration, which the node shows too. Raises LabError when there is no such image."""
-    return inspect_image(docker, ref)["Id"]
 
 
 def thin_image(docker: Docker, ref: str) -> ThinImage | None:

@@ -14,9 +14,10 @@ from pathlib import Path
 from rich.console import Console
 
 from e2e.lab.docker import Docker, ensure_docker, find_docker, require_docker, stop_own_docker
+from e2e.lab.dockerimages import ensure_base_image, registry_reachable, tidy_images
 from e2e.lab.errors import LabError
 from e2e.lab.hoststate import restore_host_state, save_host_state
-from e2e.lab.images import IMAGES, build_image, ensure_base_image, registry_reachable, tidy_images
+from e2e.lab.images import IMAGES, build_image
 from e2e.lab.nodeimage import build_node_image
 from e2e.lab.packages import BUILD_PACKAGES, ensure_packages
 from e2e.lab.paths import LAB_SOURCES, LabPaths

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from e2e.lab.content import content_key
 from e2e.lab.docker import Docker
-from e2e.lab.images import CONTENT_LABEL, image_key
+from e2e.lab.dockerimages import CONTENT_LABEL, image_key
 from e2e.lab.paths import LAB_SOURCES, LabPaths
 from e2e.lab.task import Task
 from e2e.lab.tools import tool_path

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from e2e.lab.docker import Docker
+from e2e.lab.dockerimages import image_id
 from e2e.lab.errors import LabError
-from e2e.lab.images import image_id, thin_image
+from e2e.lab.images import thin_image
 from e2e.lab.nodeimage import NODE_IMAGE, NODE_SOURCES, control_plane_refs
 from e2e.lab.paths import LabPaths
 from e2e.lab.providers import Capability
