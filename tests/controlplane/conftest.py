@@ -31,6 +31,8 @@ __all__ = ["pytest_runtest_makereport", "redis_server", "start_redis"]
 
 ROOT = Path(__file__).parents[2]
 RELEASE, SYSTEM_NAMESPACE = "ws", "weightsync-system"
+EXIT_DEADLINE_S = 10.0
+"""The grace period of the chart: later, SIGKILL ends it."""
 INSTALLED_KINDS = ("CustomResourceDefinition", "ServiceAccount", "ClusterRole", "ClusterRoleBinding")
 
 
@@ -138,10 +140,11 @@ def operator_log(
     finally:
         process.terminate()
         try:
-            process.wait(20)
+            assert process.wait(EXIT_DEADLINE_S) == 0, tail(log)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+            pytest.fail(f"SIGTERM did not end the operator in {EXIT_DEADLINE_S:.0f} s:\n{tail(log)}")
 
 
 def _answer(port: int, process: subprocess.Popen[bytes], log: Path) -> int:

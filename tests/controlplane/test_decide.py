@@ -318,6 +318,14 @@ def test_the_transports_in_use_are_held_against_the_profile(transports: list[str
     assert _verdict(step, Condition.TRANSPORT_VERIFIED) == verdict
 
 
+def test_a_gang_that_does_not_end_is_named() -> None:
+    rank = make_pod("ws-trainer-1-0-x", Component.TRAINER)
+    step = _steady(rank, trainer={"state": "Stopping", "reason": "epoch 1 failed", "restarts": 1})
+    assert _verdict(step, Condition.PROGRESSING) == ("True", Reason.TRAINER_RESTARTING)
+    message = _condition(step, Condition.PROGRESSING).message
+    assert message == "trainer is Stopping: epoch 1 failed; waits for ws-trainer-1-0-x to end"
+
+
 @pytest.mark.failure_mode(72)
 def test_the_status_does_not_grow_with_the_fleet() -> None:
     wanted = make_wanted(make_context(inference={"replicas": 500}))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.controlplane.builders import DEFAULTS, KEY, MINIMAL, merged
 from tests.controlplane.kube import Kube, Kubelet, wait_until
@@ -19,6 +20,7 @@ from weightsync_operator.reconcile import Reconciler
 from weightsync_operator.settings import Settings
 from weightsync_operator.telemetry import Telemetry
 
+ROOT = Path(__file__).parents[2]
 TWO = merged(
     MINIMAL,
     {
@@ -101,6 +103,26 @@ def _wait_available(kube: Kube) -> None:
         return [d.get("status", {}).get("availableReplicas") == 1 for d in sets]
 
     wait_until("Redis and ModelExpress are available", available, lambda up: up == [True, True])
+
+
+@pytest.mark.parametrize(
+    "manifest", sorted((ROOT / "examples").glob("*/weightsync.yaml")), ids=lambda path: path.parent.name
+)
+def test_every_example_is_taken_and_so_are_its_children(
+    kube: Kube, kubelet: Kubelet, operator_kubeconfig: Path, manifest: Path
+) -> None:
+    example = yaml.safe_load(manifest.read_text())
+
+    async def play(operator: _Operator) -> None:
+        await asyncio.to_thread(kube.create, example["spec"])
+        await operator.settle()
+        assert kube.condition("SpecValid")[:2] == ("Unknown", "PreflightRunning")
+        await asyncio.to_thread(kubelet.answer_preflight)
+        await operator.settle()
+        assert kube.condition("SpecValid")[0] == "True"
+        assert kube.list("statefulsets")["ws-inference"]["spec"]["replicas"] == example["spec"]["inference"]["replicas"]
+
+    _drive(operator_kubeconfig, kube, play)
 
 
 @pytest.mark.failure_mode(39)

@@ -117,15 +117,18 @@ def _progressing(facts: Facts) -> Verdict:
     if rollout.outdated:
         return Verdict(True, Reason.ROLLING_OUT, f"still to be replaced: {named(rollout.outdated)}")
     if gang.state in (TrainerState.WAITING, TrainerState.STARTING, TrainerState.STOPPING):
-        reason = Reason.TRAINER_RESTARTING if gang.restarts else Reason.STARTING
-        return Verdict(
-            True,
-            reason,
-            f"trainer is {gang.state.value}: {gang.reason}" if gang.reason else f"trainer is {gang.state.value}",
-        )
+        return Verdict(True, Reason.TRAINER_RESTARTING if gang.restarts else Reason.STARTING, _gang_message(facts))
     if fleet.ready < fleet.wanted:
         return Verdict(True, Reason.STARTING, f"{fleet.ready} of {fleet.wanted} engines ready")
     return Verdict(False, Reason.STABLE)
+
+
+def _gang_message(facts: Facts) -> str:
+    """Where the gang stands, and whose end it waits for: a pod on a lost node can hold up the next epoch for long."""
+    gang = facts.gang
+    words = f"trainer is {gang.state.value}" + (f": {gang.reason}" if gang.reason else "")
+    left = tuple(pod["metadata"]["name"] for pod in facts.seen.of_kind("Pod", Component.TRAINER))
+    return f"{words}; waits for {named(left)} to end" if gang.state is TrainerState.STOPPING and left else words
 
 
 def _degraded(facts: Facts) -> Verdict:

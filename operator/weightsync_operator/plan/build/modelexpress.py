@@ -46,7 +46,10 @@ def _container(ctx: Context) -> Manifest:
         "imagePullPolicy": ctx.defaults.pull_policy,
         "command": ["modelexpress-server"],
         "args": ["--port", str(MODEL_EXPRESS_PORT), "--metrics-port", str(MODEL_EXPRESS_METRICS_PORT)],
-        "env": [*env_list({"MX_METADATA_BACKEND": "redis", "HOME": "/tmp"}), {"name": "REDIS_URL", "valueFrom": url}],
+        "env": [
+            *env_list({"MX_METADATA_BACKEND": "redis", "MODEL_EXPRESS_CACHE_DIRECTORY": "/tmp/cache"}),
+            {"name": "REDIS_URL", "valueFrom": url},
+        ],
         "ports": [
             {"name": "grpc", "containerPort": MODEL_EXPRESS_PORT, "protocol": "TCP"},
             {"name": "metrics", "containerPort": MODEL_EXPRESS_METRICS_PORT, "protocol": "TCP"},

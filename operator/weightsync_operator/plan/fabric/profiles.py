@@ -69,7 +69,6 @@ _EMULATED = FabricProfile(
         {
             "VLLM_CPU_KVCACHE_SPACE": "1",
             # Prepacked weights are in no parameter that a push could write.
-            "VLLM_CPU_MOE_PREPACK": "0",
             # Engines of one node would otherwise bind their threads to the same cores.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         }
