@@ -80,7 +80,7 @@ class Reconciler:
         try:
             spec = WeightSyncSpec.model_validate(resource["spec"])
         except ValidationError as error:
-            return await self._reporter.report(resource, invalid_spec(resource, error, time.time()))
+            return min(RESYNC_S, await self._reporter.report(resource, invalid_spec(resource, error, time.time())))
         passwords = derive_passwords(self._settings.operator_key, resource["metadata"]["uid"])
         children = await self._children(key, resource)
         wanted = self._wanted(resource, spec, passwords, children)
