@@ -1,4 +1,4 @@
-"""What the demo's phases share: the resource, its pods, the pod that asks, and the wait for them. Imports the demo's own modules."""
+"""What the phases share: the resource, its pods, the pod that asks, and the wait for them. Imports the demo's own modules."""
 
 from __future__ import annotations
 

@@ -6,12 +6,14 @@ import subprocess
 import sys
 
 from e2e.demo.cluster import EXAMPLE, Demo
+from e2e.demo.kubectl import Kubectl
 from e2e.demo.timeline import Step
 from e2e.lab.errors import LabError
 from e2e.lab.paths import REPOSITORY, LabPaths
 
 OPERATOR_NAMESPACE = "weightsync-system"
 RELEASE = "weightsync"
+OPERATOR = f"app.kubernetes.io/instance={RELEASE}"
 
 
 def start_lab() -> None:
@@ -22,7 +24,9 @@ def start_lab() -> None:
 
 
 def install_chart(step: Step, paths: LabPaths) -> None:
-    """Install or upgrade the operator's chart, and wait until it is ready."""
+    """Install or upgrade the operator's chart, and wait until an operator of the present image is ready."""
+    kubectl = Kubectl(program=paths.bin / "kubectl", kubeconfig=paths.kubeconfig, namespace=OPERATOR_NAMESPACE)
+    was_there = bool(kubectl.list("deployments", OPERATOR))
     helm = [str(paths.bin / "helm"), "--kubeconfig", str(paths.kubeconfig), "upgrade", "--install", RELEASE]
     where = [str(REPOSITORY / "charts" / "weightsync"), "--namespace", OPERATOR_NAMESPACE, "--create-namespace"]
     step.say("helm upgrade --install weightsync charts/weightsync")
@@ -30,6 +34,11 @@ def install_chart(step: Step, paths: LabPaths) -> None:
     if answer.returncode != 0:
         said = (answer.stderr.strip().splitlines() or ["(nothing said)"])[-1]
         raise LabError(f"helm ended with {answer.returncode}: {said}", cure=f"kubectl -n {OPERATOR_NAMESPACE} get pods")
+    if was_there:
+        # The lab's images keep their tag: helm sees no change where the image behind it is another one.
+        step.say("restarts the operator that was there")
+        kubectl.run("rollout", "restart", "deployment", "-l", OPERATOR)
+        kubectl.run("rollout", "status", "deployment", "-l", OPERATOR, "--timeout=120s", timeout_s=130)
 
 
 def create(demo: Demo, step: Step) -> None:

@@ -22,6 +22,7 @@ from task import MAX_TOKENS, PROMPTS, messages, reward
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
+
 from weightsync import Publisher
 
 Group = list[tuple[Completion, float]]
