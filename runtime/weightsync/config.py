@@ -111,7 +111,9 @@ class Contract(_Section):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or '(document)'}: {e['msg']}" for e in error.errors()[:5])
+            faults = "; ".join(
+                f"{'.'.join(map(str, e['loc'])) or '(document)'}: {e['msg']}" for e in error.errors()[:5]
+            )
             raise ConfigError(f"contract has {error.error_count()} bad field(s): {faults}") from error
 
     def redis_password(self) -> str | None:

@@ -87,7 +87,14 @@ class Coordinator:
         self._http.close()
 
     def _run(
-        self, step: int, sequence: int, members: Mapping[str, Member], deadline: Deadline, *, catch_up: int, convert_s: float
+        self,
+        step: int,
+        sequence: int,
+        members: Mapping[str, Member],
+        deadline: Deadline,
+        *,
+        catch_up: int,
+        convert_s: float,
     ) -> PushSummary:
         started = time.monotonic()
         phases = _Phases(seconds={"convert": convert_s})
@@ -147,7 +154,12 @@ class Coordinator:
             self._fail_early(record)
             return True if not missing else None
 
-        wait_until(fetch, deadline=deadline, what="trainer ranks are not ready to write", missing=lambda: f"missing {sorted(missing)}")
+        wait_until(
+            fetch,
+            deadline=deadline,
+            what="trainer ranks are not ready to write",
+            missing=lambda: f"missing {sorted(missing)}",
+        )
 
     def _open(self, record: PushRecord, members: Mapping[str, Member], deadline: Deadline) -> None:
         """Pause all replicas at once; the first refusal aborts the push."""
@@ -155,7 +167,9 @@ class Coordinator:
 
         def open_one(member: Member) -> str | None:
             try:
-                answer = self._http.post(f"{member.url}/weightsync/v1/push", content=body, timeout=max(deadline.left_s, 0.1))
+                answer = self._http.post(
+                    f"{member.url}/weightsync/v1/push", content=body, timeout=max(deadline.left_s, 0.1)
+                )
             except httpx.HTTPError as error:
                 return f"{member.replica} at {member.url} did not open: {type(error).__name__} {error}"
             return None if answer.is_success else f"{member.replica} refused: {_message(answer)}"
@@ -173,7 +187,12 @@ class Coordinator:
             self._fail_early(record)
             return True if not missing else None
 
-        wait_until(fetch, deadline=deadline, what="trainer ranks have not written", missing=lambda: f"missing {sorted(missing)}")
+        wait_until(
+            fetch,
+            deadline=deadline,
+            what="trainer ranks have not written",
+            missing=lambda: f"missing {sorted(missing)}",
+        )
 
     def _wait_votes(
         self, record: PushRecord, members: Mapping[str, Member], deadline: Deadline
@@ -190,7 +209,9 @@ class Coordinator:
             self._fail_early(record)
             return votes if not missing else None
 
-        return wait_until(fetch, deadline=deadline, what="replicas have not voted", missing=lambda: f"missing {sorted(missing)}")
+        return wait_until(
+            fetch, deadline=deadline, what="replicas have not voted", missing=lambda: f"missing {sorted(missing)}"
+        )
 
     def _fail_early(self, record: PushRecord) -> None:
         """Raise PushAborted as soon as the push cannot succeed any more."""
@@ -211,7 +232,9 @@ class Coordinator:
         try:
             return self._ledger.decide(record.push_id, Decision.ABORT, str(error))
         except WeightSyncError as unreachable:
-            return Verdict(decision=Decision.ABORT, reason=f"{error}; and the decision could not be told: {unreachable}")
+            return Verdict(
+                decision=Decision.ABORT, reason=f"{error}; and the decision could not be told: {unreachable}"
+            )
 
     def _account(
         self,
@@ -270,7 +293,9 @@ def _summary(
     committed = verdict.decision is Decision.COMMIT
     received = sum(vote.bytes for vote in votes.values())
     wire_s = max((report.seconds_by_phase.get("wire", 0.0) for report in reports.values()), default=0.0)
-    digests = {replica: sum(int(v.digest, 16) for v in votes.values() if v.replica == replica) for replica in record.members}
+    digests = {
+        replica: sum(int(v.digest, 16) for v in votes.values() if v.replica == replica) for replica in record.members
+    }
     measured = {verify.to_hex(digest) for digest in digests.values()}
     served = [verify.to_hex(sum(int(part, 16) for part in item.digest.split("+"))) for item in applied.values()]
     transport = only_network_transport()

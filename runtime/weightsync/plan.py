@@ -63,7 +63,7 @@ class Plan:
         self.targets = tuple(sorted(t.name for t in target.targets))
         """Names that `target_index` counts in."""
         self.digest = digest
-        """Hexadecimal; equal exactly when sources, target and the sharing-out are equal."""
+        """Hexadecimal; equal when target, ranks and what each of them writes are equal."""
         self.fills = target.fills
         """Elements of the targets that no rank writes; they keep the loader's value."""
         self._ranks, self._table, self._regions, self._reads = tuple(ranks), table, regions, reads
@@ -112,7 +112,7 @@ def make_plan(sources: Sequence[SourceLayout], target: TargetLayout, *, region_b
     regions = _share_out(regions, holders, reads, len(ranks))
     _check_held(target, axis, regions, reads, len(ranks))
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps([target.digest(), [layout.digest() for layout in sources]]).encode())
+    digest.update(json.dumps([target.digest(), ranks]).encode())
     for column in (regions.start, regions.stop, regions.owner, regions.slot):
         digest.update(column.astype("<i8").tobytes())
     return Plan(target, ranks, table, regions, reads, digest.hexdigest())

@@ -27,7 +27,16 @@ import torch.distributed as dist
 from weightsync.config import Contract, PodFacts
 from weightsync.conversion import convert_into
 from weightsync.coordinator import Coordinator, write_and_report
-from weightsync.errors import ConfigError, FencedOut, PushAborted, WeightSyncError
+from weightsync.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    FencedOut,
+    LedgerUnavailable,
+    PushAborted,
+    RendezvousUnavailable,
+    TransportError,
+    WeightSyncError,
+)
 from weightsync.layout.families import family_of
 from weightsync.layout.records import SourceLayout
 from weightsync.layout.shards import LocalSources, sources_of
@@ -46,6 +55,7 @@ ATTEMPTS = 3
 """A push that is aborted (an engine died, Redis came back) is tried again with the same bytes under a new version."""
 START_TIMEOUT_S = 300.0
 """Ranks of one incarnation may start so far apart."""
+OUTAGE_PAUSE_S = 1.0
 LATE_LOOK_S = 1.0
 FOLLOW_LOOK_S = 0.2
 
@@ -87,6 +97,7 @@ class Publisher:
         self._ledger = Ledger.from_contract(contract)
         self._epoch = self._agree_on_epoch(facts.epoch)
         self._lease = writer_heartbeat(self._ledger, self._epoch, self._rank).start()
+        self._lease.wait_first(START_TIMEOUT_S)  # before the exchange below: nobody may miss a rank that has not begun
         layouts = self._gather_layouts()
         self._agent = Agent(f"{contract.session}/trainer/{self._epoch}/{self._rank}/{facts.uid}")
         self._agent.register([self._arena])
@@ -113,23 +124,34 @@ class Publisher:
     def push(self, *, step: int) -> PushReport:
         """Convert and push the model's present weights; returns when the engines serve them. All ranks call it for a step.
 
-        Raises PushAborted with the reason after ATTEMPTS tries, FencedOut when another trainer took over (end this process),
-        and ConversionError naming a tensor with an infinity or NaN, before anything is sent.
+        Raises PushAborted with the reason after ATTEMPTS tries, LedgerUnavailable or RendezvousUnavailable when Redis or
+        ModelExpress are away for longer than the push's timeout, FencedOut when another trainer took over (end this
+        process), and ConversionError naming a tensor with an infinity or NaN, before anything is sent.
         """
         with self._lock:
             started = time.monotonic()
             self._held = None
             self._convert()
-            convert_s = time.monotonic() - started
-            for attempt in range(1, ATTEMPTS + 1):
+            self._held = self._push_until_committed(step, time.monotonic() - started)
+            return _report(self._held)
+
+    def _push_until_committed(self, step: int, convert_s: float) -> PushSummary:
+        outage = Deadline(self._contract.transfer.timeout_seconds)
+        for attempt in range(1, ATTEMPTS + 1):
+            while True:
                 try:
-                    self._held = self._push_once(step, convert_s)
-                    return _report(self._held)
-                except PushAborted as error:
+                    return self._push_once(step, convert_s)
+                except (LedgerUnavailable, RendezvousUnavailable) as error:
+                    if outage.passed:
+                        raise
+                    logger.warning("step %d waits, %.0f s at most: %s", step, outage.left_s, error)
+                    time.sleep(OUTAGE_PAUSE_S)
+                except (PushAborted, TransportError, DeadlineExceeded) as error:
                     logger.warning("attempt %d of %d to push step %d: %s", attempt, ATTEMPTS, step, error)
                     if attempt == ATTEMPTS:
                         raise
-            raise AssertionError("unreachable")
+                    break
+        raise AssertionError("the last attempt returns or raises")
 
     def close(self) -> None:
         """Leave the session; engines keep what they hold."""
@@ -160,13 +182,17 @@ class Publisher:
         """Take part in the coordinator's next push; catch-ups that it began meanwhile are refused, the arena has changed."""
         patience = Deadline(self._contract.transfer.timeout_seconds + GRACE_S)
         while True:
-            record = wait_until(self._take_next, deadline=patience, what=f"rank 0 has not begun the push of step {step}")
+            record = wait_until(
+                self._take_next, deadline=patience, what=f"rank 0 has not begun the push of step {step}"
+            )
             if not record.catch_up:
                 break
             self._refuse(record, "this rank holds newer weights already")
         if record.step != step:
             self._refuse(record, f"this rank pushes step {step}, the coordinator step {record.step}")
-            raise PushAborted(f"rank {self._rank} pushes step {step}, rank 0 pushes step {record.step}: call push() alike on all ranks")
+            raise PushAborted(
+                f"rank {self._rank} pushes step {step}, rank 0 pushes step {record.step}: call push() alike on all ranks"
+            )
         return self._follow(record)
 
     def _follow(self, record: PushRecord) -> PushSummary:
@@ -175,7 +201,11 @@ class Publisher:
         try:
             check_plans(record, self._writer.learn(record.members, deadline))
             self._ledger.report_ready(record.push_id, self._rank)
-            wait_until(lambda: self._may_write(record), deadline=deadline, what=f"push {record.push_id}: receivers are not open")
+            wait_until(
+                lambda: self._may_write(record),
+                deadline=deadline,
+                what=f"push {record.push_id}: receivers are not open",
+            )
             write_and_report(self._ledger, self._writer, record, self._rank, deadline)
         except PushAborted:
             raise
@@ -271,7 +301,11 @@ class Publisher:
         if self._rank != 0:
             return None
         return Coordinator(
-            contract=self._contract, epoch=self._epoch, world_size=self._world_size, ledger=self._ledger, writer=self._writer
+            contract=self._contract,
+            epoch=self._epoch,
+            world_size=self._world_size,
+            ledger=self._ledger,
+            writer=self._writer,
         )
 
     def _agree_on_epoch(self, given: int | None) -> int:
@@ -302,7 +336,9 @@ def _position() -> tuple[int, int]:
 def _config_of(model: torch.nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
-        raise ConfigError(f"{type(model).__name__} has no Hugging Face `config`: it names the family that maps parameters to the checkpoint")
+        raise ConfigError(
+            f"{type(model).__name__} has no Hugging Face `config`: it names the family that maps parameters to the checkpoint"
+        )
     return config.to_dict()
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -149,7 +149,9 @@ class Receiver:
             if reception is None or reception.record.push_id != push_id:
                 return self.describe()
             if self._state is not ReplicaState.VERIFIED:
-                raise WeightSyncError(f"push {push_id} is committed but this rank is {self._state}: {self._reason or 'not verified'}")
+                raise WeightSyncError(
+                    f"push {push_id} is committed but this rank is {self._state}: {self._reason or 'not verified'}"
+                )
             record = reception.record
             self._held = Held(epoch=record.epoch, version=record.version, digests=reception.digests)
             self._state, self._reason, self._reception = ReplicaState.CLEAN, "", None
@@ -166,7 +168,9 @@ class Receiver:
             self._settle(reception.record)
             untouched = self._unsettled is None and self._measure() == self._held.digests
             self._state = ReplicaState.CLEAN if untouched else ReplicaState.DIRTY
-            self._reason = "" if untouched else f"push {push_id} of version {reception.record.version} aborted: {reason}"
+            self._reason = (
+                "" if untouched else f"push {push_id} of version {reception.record.version} aborted: {reason}"
+            )
             return self.describe()
 
     def verify(self) -> Description:
@@ -177,7 +181,8 @@ class Receiver:
                 wrong = sorted(name for name, digest in measured.items() if digest != self._held.digests[name])
                 if wrong:
                     self._state = ReplicaState.DIRTY
-                    self._reason = f"{len(wrong)} of {len(measured)} targets differ from version {self._held.version}: {', '.join(wrong[:5])}"
+                    names = ", ".join(wrong[:5])
+                    self._reason = f"{len(wrong)} of {len(measured)} targets differ from version {self._held.version}: {names}"
             return self.describe()
 
     def close(self) -> None:
@@ -199,7 +204,9 @@ class Receiver:
             raise FencedOut(f"push {record.push_id} came while {self._reception.record.push_id} is open")
         expected = record.members.get(self._replica, "")
         if (self._replica, self._rank, self.incarnation) not in replica_ranks(self._replica, expected):
-            raise FencedOut(f"push {record.push_id} was planned for incarnation {expected}, this engine is {self.incarnation}")
+            raise FencedOut(
+                f"push {record.push_id} was planned for incarnation {expected}, this engine is {self.incarnation}"
+            )
 
     def _check_settled(self, record: PushRecord) -> None:
         """Refuse to offer memory that a lost writer may still write (only where its death is the sole proof)."""
@@ -223,7 +230,9 @@ class Receiver:
         if not silent:
             return
         if self._contract.fabric.revocation == "agent":
-            logger.warning("push %s: writers %s are silent, destroying agent %s", record.push_id, sorted(silent), self.incarnation)
+            logger.warning(
+                "push %s: writers %s are silent, destroying agent %s", record.push_id, sorted(silent), self.incarnation
+            )
             self._heartbeat.close()
             self._agent.close()
             self._agent = self._new_agent()
@@ -326,7 +335,9 @@ class _Reception:
             receiver._ledger.vote(record.push_id, vote)
         except WeightSyncError as error:
             # The push ends by its deadline: the coordinator misses this vote, and the ledger's decision comes by RPC.
-            logger.error("push %s: rank %d of %s cannot vote: %s", record.push_id, receiver._rank, receiver._replica, error)
+            logger.error(
+                "push %s: rank %d of %s cannot vote: %s", record.push_id, receiver._rank, receiver._replica, error
+            )
 
     def _collect(self) -> dict[int, Notification] | None:
         """The final notification of every writer, or None when stopped or past the deadline."""

@@ -34,6 +34,7 @@ TRANSFER_POLL_S = 0.0005
 GRACE_S = 10.0
 """After the deadline a transfer gets so long to become terminal; then only the end of this process stops it."""
 
+
 @dataclasses.dataclass(frozen=True)
 class _Peer:
     """One engine rank as this writer reaches it."""
@@ -128,7 +129,9 @@ class Writer:
             started = time.monotonic()
             self._plans[digest] = make_plan(self._layouts, layout)
             self._writes[digest] = self._plans[digest].writes(self._rank)
-            logger.info("planned layout %s: %d writes in %.2f s", digest, len(self._writes[digest]), time.monotonic() - started)
+            logger.info(
+                "planned layout %s: %d writes in %.2f s", digest, len(self._writes[digest]), time.monotonic() - started
+            )
         agent_name = self._agent.connect(descriptor.metadata)
         return _Peer(agent_name, digest, self._prepare(agent_name, digest, descriptor))
 
@@ -175,7 +178,7 @@ class Writer:
     def _end_process(self, stuck: Sequence[Transfer], push_id: str) -> None:
         peers = ", ".join(transfer.peer for transfer in stuck[:5])
         logger.critical(
-            "push %s: %d transfers are in flight %.0f s after the deadline, to %s; ending this process, since nothing else stops them",
+            "push %s: %d transfers in flight %.0f s after the deadline, to %s; ending this process: nothing else stops them",
             push_id,
             len(stuck),
             GRACE_S,

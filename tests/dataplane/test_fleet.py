@@ -120,7 +120,9 @@ def test_a_writer_that_froze_in_flight_changes_nothing_after_the_fleet_went_on(s
     session.step += 1
     for rank in old.ranks:
         rank.tell(do="push", step=session.step)
-    torn = until("an engine is torn", lambda: [e for e in session.engines if e.state().get("state") == "DIRTY"], TIMEOUT_S + 20)
+    torn = until(
+        "an engine is torn", lambda: [e for e in session.engines if e.state().get("state") == "DIRTY"], TIMEOUT_S + 20
+    )
     assert not torn[0].ready()
     assert torn[0].complete(PROMPTS[0]).status_code == 503
 

@@ -13,7 +13,7 @@ import pytest
 from tests.dataplane.toy_models import Toy, chunked, execute, flat_bits, replicated
 from weightsync.errors import CoverageError, PlanError
 from weightsync.layout.records import Copy, Holding, SourceLayout, SourceTensor, Target, TargetLayout
-from weightsync.plan import make_plan
+from weightsync.plan import REGION_BYTES, make_plan
 
 
 def attention(tp: int = 2, rank: int = 1) -> Toy:
@@ -58,9 +58,9 @@ def experts(n_experts: int = 6, local: range = range(6)) -> Toy:
     return toy
 
 
-def assert_same_as_loader(toy: Toy, layouts: list[SourceLayout]) -> None:
+def assert_same_as_loader(toy: Toy, layouts: list[SourceLayout], region_bytes: int = REGION_BYTES) -> None:
     weights = toy.weights()
-    plan = make_plan(layouts, toy.layout())
+    plan = make_plan(layouts, toy.layout(), region_bytes=region_bytes)
     truth, pushed = toy.fresh(), toy.fresh()
     truth.load(weights.items())
     for param, first_row in toy.pads:
@@ -231,6 +231,17 @@ def test_holders_of_the_same_bytes_share_the_egress_in_regions() -> None:
     assert sum(plan.writes(rank)["length"].sum() for rank in range(4)) == layout.numel
 
 
+def test_the_longest_region_is_given_away_first() -> None:
+    """Four short tensors and a long one over two holders: handed out as listed, the loads would be 6 and 2."""
+    tensors = [SourceTensor(f"t{i}", (rows,), "bfloat16") for i, rows in enumerate((10, 10, 10, 10, 40))]
+    layout = TargetLayout(
+        targets=tuple(Target(t.name, t.shape, t.dtype) for t in tensors),
+        sources=tuple(tensors),
+        copies=tuple(Copy(t.name, 0, (1,), t.name, 0, (1,), t.shape) for t in tensors),
+    )
+    assert make_plan(replicated(tensors, 2), layout).bytes_per_rank == {0: 80, 1: 80}
+
+
 def test_hsdp_replicas_send_disjoint_halves_of_every_shard() -> None:
     toy = attention()
     shards = chunked(toy.source_tensors(), 2)
@@ -239,7 +250,7 @@ def test_hsdp_replicas_send_disjoint_halves_of_every_shard() -> None:
     loads = plan.bytes_per_rank
     assert abs(loads[0] - loads[2]) <= 32
     assert abs(loads[1] - loads[3]) <= 32
-    assert_same_as_loader(toy, layouts)
+    assert_same_as_loader(toy, layouts, region_bytes=32)
 
 
 def test_neighbours_on_both_sides_become_one_write() -> None:
@@ -261,9 +272,10 @@ def test_the_digest_tells_apart_what_leads_to_other_writes() -> None:
         make_plan(layouts, toy.layout()).digest,
         make_plan([layouts[0], moved], toy.layout()).digest,
         make_plan(chunked(toy.source_tensors(), 3), toy.layout()).digest,
+        make_plan([layouts[0], dataclasses.replace(layouts[1], rank=2)], toy.layout()).digest,
         make_plan(layouts, attention(rank=0).layout()).digest,
     }
-    assert len(digests) == 4
+    assert len(digests) == 5
 
 
 def test_a_rank_that_the_plan_does_not_know_is_refused() -> None:

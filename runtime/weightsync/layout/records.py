@@ -108,16 +108,6 @@ class SourceLayout:
     tensors: tuple[SourceTensor, ...]
     holdings: tuple[Holding, ...]
 
-    @cached_property
-    def _digest(self) -> str:
-        tensors = sorted((t.name, t.shape, t.dtype) for t in self.tensors)
-        holdings = sorted((h.name, h.start, h.stop, h.local_offset) for h in self.holdings)
-        return _digest([FORMAT, "source", self.rank, tensors, holdings])
-
-    def digest(self) -> str:
-        """Hexadecimal; equal for equal layouts whatever the order they list things in."""
-        return self._digest
-
     def to_bytes(self) -> bytes:
         """Compressed JSON, smaller than a tenth of its text."""
         index = {tensor.name: i for i, tensor in enumerate(self.tensors)}

@@ -1,13 +1,14 @@
 """Entry point of `vllm.general_plugins`: called in every process of vLLM before a model is built, sometimes twice.
 
 On the CPU build it keeps live parameters in the layout that the loader wrote, which is also a GPU's. vLLM would otherwise
-repack the weights of linear layers for oneDNN or SGL kernels and leave empty parameters behind (vllm/_custom_ops.py,
-vllm/model_executor/layers/utils.py), and nothing could be written into them.
+repack linear weights for oneDNN or SGL kernels, and leave empty parameters behind (vllm/_custom_ops.py,
+vllm/model_executor/layers/utils.py), and experts into tiles of the same size (fused_moe/experts/cpu_moe.py). Here the experts
+are packed at each call instead: slow, and right after a push.
 """
 
 from __future__ import annotations
 
-import os
+from typing import Any
 
 
 def register() -> None:
@@ -19,13 +20,25 @@ def register() -> None:
 
 
 def _keep_load_layout() -> None:
-    os.environ["VLLM_CPU_MOE_PREPACK"] = "0"
     import vllm._custom_ops as custom_ops
+    import vllm.model_executor.layers.fused_moe.experts.cpu_moe as cpu_moe
     import vllm.model_executor.layers.utils as layer_utils
 
     custom_ops._supports_onednn = False
     layer_utils.check_cpu_sgl_kernel = _no_repacked_kernel
+    if cpu_moe.cpu_fused_moe is not _pack_and_run:
+        cpu_moe.cpu_fused_moe = _pack_and_run
+        # `_pad_moe_intermediate` still changes shapes that the kernel cannot take; the receiver's probe refuses those by name.
+        cpu_moe.CPUUnquantizedExperts.process_weights_after_loading = cpu_moe.CPUUnquantizedExperts._pad_moe_intermediate
 
 
 def _no_repacked_kernel(*_: object, **__: object) -> bool:
     return False
+
+
+def _pack_and_run(output: Any, hidden: Any, w13: Any, w2: Any, *rest: Any) -> None:
+    """`cpu_fused_moe` on weights in load layout; `rest` ends with (..., activation, isa, skip_weighted)."""
+    from vllm._custom_ops import cpu_fused_moe, cpu_prepack_moe_weight
+
+    isa = rest[-2]
+    cpu_fused_moe(output, hidden, cpu_prepack_moe_weight(w13, isa), cpu_prepack_moe_weight(w2, isa), *rest)

@@ -113,13 +113,6 @@ class Replica:
         """Offer the engine's memory and join the session, in the background: the API server must come up meanwhile."""
         self._spawn(self._join(), "weightsync-join")
 
-    def stop(self) -> None:
-        """Leave the session."""
-        for task in self._tasks:
-            task.cancel()
-        self._heartbeat.close()
-        self._ledger.close()
-
     async def open(self, record: PushRecord) -> dict[str, Any]:
         """Pause, offer memory to the writers of `record`, and see the push to its end in the background.
 

@@ -8,8 +8,10 @@ serialization between processes admits plain values only.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from safetensors import safe_open
 
 from weightsync.config import Contract, PodFacts
-from weightsync.errors import ConfigError, WeightSyncError
+from weightsync.errors import ConfigError, UnsupportedLayout, WeightSyncError
 from weightsync.layout.records import SourceTensor, TargetLayout
 from weightsync.layout.trace import trace_loader
 from weightsync.receiver import Receiver
@@ -80,6 +82,7 @@ def _make_receiver(model: torch.nn.Module, rank: int, replica: str) -> Receiver:
     rendezvous = Rendezvous.from_contract(contract)
     params = {name: parameter.data for name, parameter in model.named_parameters()}
     layout = trace_model(model, checkpoint_sources(contract.model.path))
+    check_load_format(params, layout, contract.model.path)
     return Receiver(
         contract=contract,
         facts=facts,
@@ -97,8 +100,44 @@ def trace_model(model: torch.nn.Module, sources: list[SourceTensor]) -> TargetLa
     import vllm
 
     layout = trace_loader(model.load_weights, dict(model.named_parameters()), sources)  # type: ignore[arg-type, operator]
-    meta = {"vllm": vllm.__version__, "model": type(model).__name__, "platform": str(next(model.parameters()).device.type)}
+    meta = {
+        "vllm": vllm.__version__,
+        "model": type(model).__name__,
+        "platform": str(next(model.parameters()).device.type),
+    }
     return dataclasses.replace(layout, meta=meta)
+
+
+@torch.no_grad()
+def check_load_format(params: Mapping[str, torch.Tensor], layout: TargetLayout, path: str) -> None:
+    """Prove on the loaded checkpoint that live parameters are what a direct write would make of it.
+
+    Raises UnsupportedLayout naming those that are not: their kernel repacked them after loading, to the same size or another,
+    and bytes in load format would be garbage to it (failure mode 3).
+    """
+    wrong: set[str] = set()
+    copies = sorted(layout.copies, key=lambda copy: copy.source)
+    for source, group in itertools.groupby(copies, key=lambda copy: copy.source):
+        loaded = checkpoint_tensor(path, source)
+        for copy in group:
+            live = params[copy.target].as_strided(copy.shape, copy.target_strides, copy.target_offset)
+            want = loaded.as_strided(copy.shape, copy.source_strides, copy.source_offset).to(live)
+            if not torch.equal(live, want):
+                wrong.add(copy.target)
+    if wrong:
+        raise UnsupportedLayout(
+            f"{len(wrong)} of {len(params)} live parameters are not in load format, their kernel repacks weights: "
+            f"{', '.join(sorted(wrong)[:5])}; choose another backend for them (docs/operations.md)"
+        )
+
+
+def checkpoint_tensor(path: str, name: str) -> torch.Tensor:
+    """One tensor of the checkpoint, on the CPU. Raises ConfigError when no file has it."""
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            if name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
+                return opened.get_tensor(name)
+    raise ConfigError(f"model.path {path} has no tensor {name}")
 
 
 def checkpoint_sources(path: str) -> list[SourceTensor]:
