@@ -1,0 +1,169 @@
+"""One resource for all cluster tests: chart installed, model there, SmolLM2 trained slowly and pushed after each step."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from e2e.demo.kubectl import Kubectl, Manifest
+from e2e.demo.model import ensure_model
+from e2e.demo.setup import install_chart
+from e2e.demo.timeline import Step
+from e2e.lab.docker import require_docker
+from e2e.lab.lab import Lab
+from e2e.lab.paths import REPOSITORY, lab_paths
+from e2e.lab.providers import Provider
+
+EXAMPLE = REPOSITORY / "examples" / "smollm2" / "weightsync.yaml"
+NAMESPACE = "weightsync-e2e"
+NAME = "smollm2"
+ENGINE_START_S = 300.0
+"""An engine, from its process to its first answer, while two trainer ranks keep two cores busy."""
+
+
+def wait_for(what: str, fetch: Callable[[], Any], timeout_s: float) -> Any:
+    """The first true value of `fetch`; fails with the last one seen when none came in time."""
+    deadline, last = time.monotonic() + timeout_s, None
+    while time.monotonic() < deadline:
+        last = fetch()
+        if last:
+            return last
+        time.sleep(1.0)
+    raise AssertionError(f"{what}: not within {timeout_s:.0f} s; last seen {last!r}")
+
+
+class Resource:
+    """The WeightSync under test, and what the tests do to it."""
+
+    def __init__(self, kubectl: Kubectl, provider: Provider) -> None:
+        self.kubectl = kubectl
+        self.provider = provider
+
+    def get(self) -> Manifest:
+        return self.kubectl.get("weightsync", NAME) or {}
+
+    @property
+    def status(self) -> dict[str, Any]:
+        return self.get().get("status", {})
+
+    @property
+    def committed(self) -> int:
+        return self.status.get("version", {}).get("committed", 0)
+
+    def condition(self, kind: str) -> dict[str, Any]:
+        return next((c for c in self.status.get("conditions", []) if c["type"] == kind), {})
+
+    @property
+    def kubectl_namespace(self) -> str:
+        return NAMESPACE
+
+    def pods(self, component: str) -> list[Manifest]:
+        return self.kubectl.list("pods", f"app.kubernetes.io/instance={NAME},app.kubernetes.io/component={component}")
+
+    def engines(self) -> list[Manifest]:
+        return self.pods("inference")
+
+    def trainer_pods(self) -> list[Manifest]:
+        return self.pods("trainer")
+
+    def trainer_pod(self, rank: int) -> str:
+        index = "batch.kubernetes.io/job-completion-index"
+        return next(
+            pod["metadata"]["name"] for pod in self.trainer_pods() if pod["metadata"]["labels"][index] == str(rank)
+        )
+
+    def component_pod(self, component: str) -> Manifest:
+        return self.pods(component)[0]
+
+    def suspend(self, suspend: bool) -> None:
+        patch = json.dumps({"spec": {"suspend": suspend}})
+        self.kubectl.run("patch", "weightsync", NAME, "--type=merge", f"--patch={patch}")
+
+    def told_abort(self) -> str:
+        """Why the last push was aborted, as the status tells it; empty when it was not."""
+        push = self.status.get("lastPush") or {}
+        return push.get("reason", "") if push.get("outcome") == "ABORT" else ""
+
+    def engine_state(self, pod: str) -> dict[str, Any]:
+        """What the engine itself says, asked from inside its pod."""
+        script = (
+            "import json, urllib.request as u;"
+            "t = open('/var/run/weightsync/endpoint-token').read().strip();"
+            "q = u.Request('http://127.0.0.1:8000/weightsync/v1/state', headers={'Authorization': 'Bearer ' + t});"
+            "print(json.dumps(json.load(u.urlopen(q, timeout=10))))"
+        )
+        return self.kubectl.python(pod, script, container="engine")
+
+    def wait_in_sync(self, *, above: int, replicas: int = 2, timeout_s: float = ENGINE_START_S) -> dict[str, Any]:
+        """Wait until a version greater than `above` is committed and every replica is ready with it."""
+
+        def in_sync() -> dict[str, Any] | None:
+            status = self.status
+            ready = status.get("inference", {}).get("ready", 0)
+            synced = next((c["status"] for c in status.get("conditions", []) if c["type"] == "Synced"), "")
+            newer = status.get("version", {}).get("committed", 0) > above
+            return status if newer and ready == replicas and synced == "True" else None
+
+        try:
+            return wait_for(f"a version above {above} on {replicas} replicas", in_sync, timeout_s)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.diagnosis()}") from None
+
+    def kill(self, pod: str, container: str) -> None:
+        """kill -9 of a container's processes, from the node."""
+        self.provider.signal_container(namespace=NAMESPACE, pod=pod, container=container, signal_name="KILL")
+
+    def diagnosis(self) -> str:
+        """What a person would look at first."""
+        parts = [json.dumps(self.status, indent=1), self.kubectl.run("get", "pods", "-o", "wide")]
+        for pod in self.kubectl.list("pods", f"app.kubernetes.io/instance={NAME}"):
+            parts.append(f"===== {pod['metadata']['name']}")
+            parts.append(self.kubectl.run("logs", pod["metadata"]["name"], "--tail=25", "--all-containers"))
+        return "\n".join(parts)
+
+
+def slow_manifest() -> Manifest:
+    """The example, trained without end: two answers a prompt, a step each three seconds or slower."""
+    manifest = yaml.safe_load(EXAMPLE.read_text())
+    manifest["metadata"]["namespace"] = NAMESPACE
+    manifest["spec"]["trainer"]["args"] = ["--steps", "100000", "--samples", "2", "--min-step-s", "3"]
+    manifest["spec"]["trainer"]["args"] += ["--checkpoint-every", "100000", "--checkpoint-dir", "/tmp/checkpoints"]
+    manifest["spec"]["transfer"] = {"timeoutSeconds": 60}
+    return manifest
+
+
+@pytest.fixture(scope="session")
+def lab_cluster() -> tuple[Kubectl, Provider]:
+    """The lab's cluster with operator and model; `python -m e2e.lab up` made it."""
+    paths = lab_paths()
+    if not paths.kubeconfig.exists():
+        pytest.fail("there is no cluster: run `make lab-up` first (`make test` does)", pytrace=False)
+    console, started = Console(stderr=True), time.monotonic()
+    ensure_model(Step(console, "model", 120, started), docker=require_docker(paths), paths=paths)
+    install_chart(Step(console, "chart", 120, started), paths)
+    kubectl = Kubectl(program=paths.bin / "kubectl", kubeconfig=paths.kubeconfig, namespace=NAMESPACE)
+    return kubectl, Lab(paths, console).provider()
+
+
+@pytest.fixture(scope="module")
+def namespace(lab_cluster: tuple[Kubectl, Provider]) -> Iterator[tuple[Kubectl, Provider]]:
+    """An empty namespace of this module's own."""
+    kubectl, _ = lab_cluster
+    kubectl.delete("namespace", NAMESPACE)
+    kubectl.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
+    yield lab_cluster
+    kubectl.delete("namespace", NAMESPACE)
+
+
+@pytest.fixture(scope="module")
+def resource(namespace: tuple[Kubectl, Provider]) -> Resource:
+    """The resource, applied; the first test waits for it."""
+    kubectl, provider = namespace
+    kubectl.apply(slow_manifest())
+    return Resource(kubectl, provider)
