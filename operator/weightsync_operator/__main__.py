@@ -46,7 +46,8 @@ def _login(**kwargs: Any) -> kopf.ConnectionInfo | None:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # it tells every event of every child
+    for chatty in ("kopf.objects", "aiohttp.access"):  # every event of every child, every probe of the kubelet
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         settings = Settings.load()
     except SettingsError as error:
