@@ -77,6 +77,7 @@ class Client:
         )
 
     def end(self) -> None:
+        """Remove the pod."""
         self._kubectl.delete("pod", POD)
 
     def hold(self, example: str) -> None:

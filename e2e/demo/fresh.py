@@ -34,10 +34,11 @@ def compare(demo: Demo, step: Step, run: Run) -> FreshEngine:
         raise LabError(
             f"the trainer saved no checkpoint at its last step (last: {saved})", cure="look at the trainer's log"
         )
+    step.line(f"starts a fresh engine on {saved[1]}, and asks the live ones meanwhile")
+    start_fresh(demo, saved[1])
     live = {pod["metadata"]["name"]: engine_url(pod) for pod in demo.engines()}
     answers = greedy_answers(demo.client, live)
-    step.line(f"starts a fresh engine on {saved[1]}")
-    fresh_url = start_fresh(demo, step, saved[1])
+    fresh_url = await_fresh(demo, step)
     wanted = greedy_answers(demo.client, {FRESH_POD: fresh_url})[FRESH_POD]
     demo.kubectl.delete("pod", FRESH_POD)
     found = mismatches(answers, wanted)
@@ -53,13 +54,17 @@ def compare(demo: Demo, step: Step, run: Run) -> FreshEngine:
     )
 
 
-def start_fresh(demo: Demo, step: Step, checkpoint: str) -> str:
-    """The URL of a ready engine on `checkpoint`."""
+def start_fresh(demo: Demo, checkpoint: str) -> None:
+    """Make the pod of an engine on `checkpoint`."""
     stateful_set = demo.kubectl.get("statefulset", f"{demo.name}-inference")
     if stateful_set is None:
         raise LabError(f"there is no StatefulSet {demo.name}-inference", cure="kubectl get statefulsets")
     demo.kubectl.delete("pod", FRESH_POD)
     demo.kubectl.apply(fresh_pod(stateful_set, name=FRESH_POD, checkpoint=checkpoint))
+
+
+def await_fresh(demo: Demo, step: Step) -> str:
+    """The URL of the fresh engine, once it is ready."""
     started = time.monotonic()
     while True:
         pod = demo.kubectl.get("pod", FRESH_POD) or {"metadata": {"name": FRESH_POD}}

@@ -29,7 +29,9 @@ def describe(resource: Manifest, pods: list[Manifest]) -> str:
         return f"spec: {spec_valid.get('reason', 'not looked at yet')} {spec_valid.get('message', '')}".strip()
     faults = [each for kind in FAULTS if (each := condition(resource, kind)).get("status") == "True"]
     words = [f"{each['type']} {each['reason']}: {each.get('message', '')}" for each in faults]
-    return "; ".join([*words, *(pod_line(pod) for pod in sorted(pods, key=_name))])
+    missing = [pod for pod in sorted(pods, key=_name) if not is_ready(pod)]
+    count = f"{len(pods) - len(missing)} of {len(pods)} pods ready"
+    return "; ".join([*words, count, *(pod_line(pod) for pod in missing)])
 
 
 def pod_line(pod: Manifest) -> str:

@@ -54,6 +54,7 @@ def tell(timeline: Timeline, paths: LabPaths) -> Report:
         final = measure(demo, step)
     with timeline.phase("fresh engine", budget_s=90) as step:
         fresh = compare(demo, step, run)
+        demo.client.end()
     return collect(demo, run, baseline, final, fresh)
 
 

@@ -82,7 +82,7 @@ class TestWhatIsWaitedFor:
         valid = {"type": "SpecValid", "status": "True", "reason": "Valid"}
         degraded = {"type": "Degraded", "status": "True", "reason": "EnginesDirty", "message": "e-0 is torn"}
         told = describe({"status": {"conditions": [valid, degraded]}}, [make_pod("e-1"), make_pod("e-0", ready=True)])
-        assert told == "Degraded EnginesDirty: e-0 is torn; e-0 ready; e-1 not ready"
+        assert told == "Degraded EnginesDirty: e-0 is torn; 1 of 2 pods ready; e-1 not ready"
 
     @pytest.mark.parametrize(
         ("inference", "expected"),
