@@ -114,12 +114,19 @@ def test_a_missing_image_is_told_by_its_field() -> None:
     )
 
 
-def test_a_pod_that_cannot_be_scheduled_says_so() -> None:
+@pytest.mark.parametrize(
+    ("words", "settled", "message"),
+    [
+        ('persistentvolumeclaim "m" not found', True, 'spec.model.hostPath: persistentvolumeclaim "m" not found'),
+        ("0/1 nodes: Insufficient cpu", False, "the preflight pod is not scheduled: 0/1 nodes: Insufficient cpu"),
+    ],
+)
+def test_a_pod_that_cannot_be_scheduled_says_so(words: str, settled: bool, message: str) -> None:
     pod = _preflight(phase="Pending")
-    pod["status"]["conditions"] = [
-        {"type": "PodScheduled", "status": "False", "message": 'persistentvolumeclaim "m" not found'}
-    ]
-    assert 'persistentvolumeclaim "m" not found' in _step(pod).message
+    pod["status"]["conditions"] = [{"type": "PodScheduled", "status": "False", "message": words}]
+    step = _step(pod)
+    assert (step.settled, step.message) == (settled, message)
+    assert step.look_again_s is not None, "what is missing may come"
 
 
 def test_many_errors_are_cut_with_their_number() -> None:

@@ -93,19 +93,26 @@ def _parse(text: str, key: str) -> PreflightStatus | None:
 
 def _pending(live: Manifest, pod: Manifest, known: PreflightStatus | None, seen: Seen) -> Admission:
     """Not started: say what the kubelet or the scheduler is missing, in terms of the spec."""
+    field = json.loads(pod["spec"]["containers"][0]["env"][0]["value"])["modelField"]
     if seen.mount_faults:
-        question = json.loads(pod["spec"]["containers"][0]["env"][0]["value"])
-        message = f"{question['modelField']}: {seen.mount_faults[-1]}"
-        return Admission(reason=Reason.MODEL_MISSING, message=message, preflight=known, look_again_s=MOUNT_LOOK_AGAIN_S)
+        return _missing(Reason.MODEL_MISSING, f"{field}: {seen.mount_faults[-1]}", known)
     for state in container_states(live):
         waiting = state.get("waiting", {})
         if waiting.get("reason") in _IMAGE_FAULTS:
             message = f"spec.inference.image: {waiting.get('message', waiting['reason'])}"
-            return Admission(reason=Reason.IMAGE_MISSING, message=message[:1024], preflight=known)
+            return _missing(Reason.IMAGE_MISSING, message, known)
     for entry in live.get("status", {}).get("conditions") or []:
         if entry["type"] == "PodScheduled" and entry["status"] == "False":
-            return _waiting(f"the preflight pod is not scheduled: {entry.get('message', '')}", known)
+            words = entry.get("message", "")
+            if "persistentvolumeclaim" in words:
+                return _missing(Reason.MODEL_MISSING, f"{field}: {words}", known)
+            return _waiting(f"the preflight pod is not scheduled: {words}", known, look_again_s=MOUNT_LOOK_AGAIN_S)
     return _waiting("the preflight pod runs", known, look_again_s=MOUNT_LOOK_AGAIN_S)
+
+
+def _missing(reason: Reason, message: str, known: PreflightStatus | None) -> Admission:
+    """Somebody has to bring something; the pod waits for it, and goes on by itself."""
+    return Admission(reason=reason, message=message[:1024], preflight=known, look_again_s=MOUNT_LOOK_AGAIN_S)
 
 
 def _waiting(
