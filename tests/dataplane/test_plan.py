@@ -264,7 +264,7 @@ def test_neighbours_on_both_sides_become_one_write() -> None:
 
 def test_the_digest_tells_apart_what_leads_to_other_writes() -> None:
     toy = attention()
-    layouts = chunked(toy.source_tensors(), 2)
+    target, layouts = toy.layout(), chunked(toy.source_tensors(), 2)
     moved = dataclasses.replace(
         layouts[1], holdings=tuple(dataclasses.replace(h, local_offset=h.local_offset + 1) for h in layouts[1].holdings)
     )
@@ -274,8 +274,15 @@ def test_the_digest_tells_apart_what_leads_to_other_writes() -> None:
         make_plan(chunked(toy.source_tensors(), 3), toy.layout()).digest,
         make_plan([layouts[0], dataclasses.replace(layouts[1], rank=2)], toy.layout()).digest,
         make_plan(layouts, attention(rank=0).layout()).digest,
+        make_plan(layouts, dataclasses.replace(target, copies=_exchanged(target.copies, "k", "v"))).digest,
     }
-    assert len(digests) == 5
+    assert len(digests) == 6
+
+
+def _exchanged(copies: tuple[Copy, ...], one: str, other: str) -> tuple[Copy, ...]:
+    """Two sources of one shape land in each other's place."""
+    names = {one: other, other: one}
+    return tuple(dataclasses.replace(copy, source=names.get(copy.source, copy.source)) for copy in copies)
 
 
 def test_a_rank_that_the_plan_does_not_know_is_refused() -> None:
