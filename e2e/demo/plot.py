@@ -7,19 +7,24 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from e2e.demo.report import Report, RewardSummary, standard_errors
 
 matplotlib.use("Agg")
 
-INK, GRID, FIRST, SECOND = "#20242a", "#d9dde3", "#2a6fbb", "#c2541b"
+INK, GRID, FIRST, SECOND, CACHED = "#20242a", "#d9dde3", "#2a6fbb", "#c2541b", "#a9c8e6"
+PUSH_PHASES = ("convert", "plan", "open", "wire", "verify", "commit")
+"""In the order in which a push goes through them."""
+SHOWN_FROM_S = 1.0
+"""Set-up phases that took less are counted, not drawn."""
 PHASE_COLORS = ("#2a6fbb", "#6aa7d8", "#c2541b", "#e9a26b", "#4f8a4c", "#a6c8a0", "#7d6aa8")
 
 
 def draw(report: Report, path: Path) -> None:
     """Write the picture as PNG."""
-    figure = Figure(figsize=(11, 10), dpi=110, layout="constrained")
-    rewards, pushes, setup = figure.subplots(3, 1, height_ratios=(4, 3, 3))
+    figure = Figure(figsize=(11, 11), dpi=110, layout="constrained")
+    rewards, pushes, setup = figure.subplots(3, 1, height_ratios=(4, 3, 4))
     draw_rewards(rewards, report)
     draw_pushes(pushes, report)
     draw_timings(setup, report)
@@ -44,12 +49,14 @@ def draw_rewards(axes: Axes, report: Report) -> None:
     )
     axes.set(xlabel="weight version that answered", ylabel="reward: share of capital letters", ylim=(0, 1.05))
     axes.legend(frameon=False, loc="lower right")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _plain(axes)
 
 
 def draw_pushes(axes: Axes, report: Report) -> None:
     """Seconds of each push by phase, stacked."""
-    names = list(dict.fromkeys(name for push in report.versions for name in push.phases))
+    told = {name for push in report.versions for name in push.phases}
+    names = [name for name in PUSH_PHASES if name in told] + sorted(told - set(PUSH_PHASES))
     versions = [push.version for push in report.versions]
     bottom = [0.0] * len(versions)
     for number, name in enumerate(names):
@@ -64,23 +71,27 @@ def draw_pushes(axes: Axes, report: Report) -> None:
     )
     axes.set(xlabel="version", ylabel="seconds")
     if names:
-        axes.legend(frameon=False, ncols=len(names), loc="upper right", fontsize="small")
+        axes.legend(frameon=False, ncols=len(names), loc="lower right", bbox_to_anchor=(1, 1), fontsize="small")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _plain(axes)
 
 
 def draw_timings(axes: Axes, report: Report) -> None:
-    """Each phase's seconds beside its budget."""
-    names = list(report.timings)
-    rows = range(len(names))
-    axes.barh(rows, [report.timings[name].budget_s for name in names], color=GRID, height=0.7, label="budget")
-    colors = [SECOND if not report.timings[name].cached else "#e9a26b" for name in names]
-    axes.barh(rows, [report.timings[name].seconds for name in names], color=colors, height=0.4, label="measured")
-    axes.set_yticks(
-        list(rows), [f"{name} (cached)" if report.timings[name].cached else name for name in names], fontsize="small"
-    )
+    """Seconds of each phase that took any time worth a bar, with a mark at its budget."""
+    shown = {name: timing for name, timing in report.timings.items() if timing.seconds >= SHOWN_FROM_S}
+    rows = range(len(shown))
+    seconds = [timing.seconds for timing in shown.values()]
+    axes.barh(rows, seconds, color=[CACHED if timing.cached else FIRST for timing in shown.values()], height=0.65)
+    budgets = [timing.budget_s for timing in shown.values()]
+    axes.scatter(budgets, rows, marker="|", s=110, color=INK, label="budget")
+    axes.set_yticks(list(rows), list(shown), fontsize="small")
     axes.invert_yaxis()
-    axes.set_title(f"Time of each phase; {report.total_seconds:.0f} s in all", loc="left", color=INK)
-    axes.set_xlabel("seconds")
+    if seconds:
+        axes.set_xlim(0, 1.15 * max(seconds))
+    title = f"Time of each phase; {report.total_seconds:.0f} s in all"
+    short = len(report.timings) - len(shown)
+    axes.set_title(f"{title}; {short} more took less than {SHOWN_FROM_S:.0f} s each", loc="left", color=INK)
+    axes.set_xlabel("seconds (pale: found its work done)")
     axes.legend(frameon=False, loc="lower right")
     _plain(axes)
 

@@ -86,7 +86,7 @@ def test_advantages_are_relative_to_the_group():
 def test_a_checkpoint_holds_the_rounded_weights_and_the_bases_other_files(model: torch.nn.Module, tmp_path: Path):
     base = make_base(tmp_path)
     saved = checkpoint.save(model, step=7, folder=tmp_path / "out", base=base)
-    assert saved == tmp_path / "out" / "step-000007"
+    assert saved is not None and saved == tmp_path / "out" / "step-000007"
     assert sorted(file.name for file in saved.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
     weights = load_file(saved / "model.safetensors")
     assert weights.keys() == dict(model.named_parameters()).keys()
