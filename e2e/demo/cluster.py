@@ -34,7 +34,14 @@ class Demo:
         self.service_url = f"http://{self.name}-inference:{INFERENCE_PORT}"
 
     def resource(self) -> dict[str, Any]:
-        return self.kubectl.get("weightsync", self.name) or {}
+        """The WeightSync. Raises LabError when it is gone: nothing of the demo deletes it once it is applied."""
+        found = self.kubectl.get("weightsync", self.name)
+        if found is None:
+            raise LabError(
+                f"WeightSync {NAMESPACE}/{self.name} is gone: somebody else deleted it",
+                cure="run the demo again while nobody uses its cluster",
+            )
+        return found
 
     def pods(self) -> list[dict[str, Any]]:
         """All pods of the resource."""

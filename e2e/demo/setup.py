@@ -43,7 +43,7 @@ def install_chart(step: Step, paths: LabPaths) -> None:
 
 def create(demo: Demo, step: Step) -> None:
     """Apply the example, after whatever an earlier demo left of it is gone; its trainer is held back until `release`."""
-    if demo.resource():
+    if demo.kubectl.get("weightsync", demo.name) is not None:
         step.say(f"deletes the WeightSync {demo.name} of an earlier run")
         demo.kubectl.delete("weightsync", demo.name)
     step.say("starts the pod that will ask the service")
