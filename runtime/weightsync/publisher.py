@@ -321,7 +321,7 @@ class Publisher:
         """What every rank says, by rank; over a gloo group of our own, so that a trainer's collectives are not disturbed."""
         if self._world_size == 1:
             return [value]
-        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=START_TIMEOUT_S))
+        group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=START_TIMEOUT_S))
         answers: list[Any] = [None] * self._world_size
         dist.all_gather_object(answers, value, group=group)
         dist.destroy_process_group(group)

@@ -8,6 +8,7 @@ are packed at each call instead: slow, and right after a push.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 
@@ -21,8 +22,9 @@ def register() -> None:
 
 def _keep_load_layout() -> None:
     import vllm._custom_ops as custom_ops
-    import vllm.model_executor.layers.fused_moe.experts.cpu_moe as cpu_moe
     import vllm.model_executor.layers.utils as layer_utils
+
+    cpu_moe: Any = importlib.import_module("vllm.model_executor.layers.fused_moe.experts.cpu_moe")
 
     custom_ops._supports_onednn = False
     layer_utils.check_cpu_sgl_kernel = _no_repacked_kernel
