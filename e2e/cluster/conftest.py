@@ -1,10 +1,11 @@
-"""One resource for all cluster tests: chart installed, model there, SmolLM2 trained slowly and pushed after each step."""
+"""One resource for all cluster tests: chart installed, model there, SmolLM2 pushed every few seconds."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from e2e.lab.paths import REPOSITORY, lab_paths
 from e2e.lab.providers import Provider
 
 EXAMPLE = REPOSITORY / "examples" / "smollm2" / "weightsync.yaml"
+PUSHER = Path(__file__).with_name("pusher.py")
 NAMESPACE = "weightsync-e2e"
 NAME = "smollm2"
 ENGINE_START_S = 300.0
@@ -128,12 +130,18 @@ class Resource:
         return "\n".join(parts)
 
 
-def slow_manifest() -> Manifest:
-    """The example, trained without end: two answers a prompt, a step each three seconds or slower."""
+def pushing_manifest() -> Manifest:
+    """The example with a trainer that only pushes, and without end."""
     manifest = yaml.safe_load(EXAMPLE.read_text())
     manifest["metadata"]["namespace"] = NAMESPACE
-    manifest["spec"]["trainer"]["args"] = ["--steps", "100000", "--samples", "2", "--min-step-s", "3"]
-    manifest["spec"]["trainer"]["args"] += ["--checkpoint-every", "100000", "--checkpoint-dir", "/tmp/checkpoints"]
+    trainer = manifest["spec"]["trainer"]
+    trainer["command"], trainer["args"] = ["python", "/pusher/pusher.py"], ["/models/smollm2"]
+    trainer["podTemplate"] = {
+        "spec": {
+            "containers": [{"name": "trainer", "volumeMounts": [{"name": "pusher", "mountPath": "/pusher"}]}],
+            "volumes": [{"name": "pusher", "configMap": {"name": PUSHER.stem}}],
+        }
+    }
     manifest["spec"]["transfer"] = {"timeoutSeconds": 60}
     return manifest
 
@@ -165,5 +173,7 @@ def namespace(lab_cluster: tuple[Kubectl, Provider]) -> Iterator[tuple[Kubectl, 
 def resource(namespace: tuple[Kubectl, Provider]) -> Resource:
     """The resource, applied; the first test waits for it."""
     kubectl, provider = namespace
-    kubectl.apply(slow_manifest())
+    code = {"metadata": {"name": PUSHER.stem}, "data": {PUSHER.name: PUSHER.read_text()}}
+    kubectl.apply({"apiVersion": "v1", "kind": "ConfigMap", **code})
+    kubectl.apply(pushing_manifest())
     return Resource(kubectl, provider)

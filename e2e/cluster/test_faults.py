@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from e2e.cluster.conftest import ENGINE_START_S, NAME, Resource, wait_for
+from e2e.cluster.conftest import ENGINE_START_S, NAME, PUSHER, Resource, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
@@ -96,7 +96,8 @@ def test_deleting_the_resource_leaves_nothing(resource: Resource) -> None:
 
     def left() -> list[str]:
         names = resource.kubectl.run("get", kinds, "-o", "name").split()
-        return [name for name in names if name not in ("configmap/kube-root-ca.crt", "serviceaccount/default")]
+        ours = {"configmap/kube-root-ca.crt", "serviceaccount/default", f"configmap/{PUSHER.stem}"}
+        return sorted(set(names) - ours)
 
     wait_for("nothing is left", lambda: not left() or None, 180)
     assert left() == []
