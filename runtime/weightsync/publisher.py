@@ -51,8 +51,10 @@ from weightsync.writer import GRACE_S, Writer, check_plans
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 3
+ATTEMPTS = 4
 """A push that is aborted (an engine died, Redis came back) is tried again with the same bytes under a new version."""
+ATTEMPT_PAUSE_S = 2.0
+"""Before the second attempt; it doubles. All together outlast the lease of an engine that died, which then is no member."""
 START_TIMEOUT_S = 300.0
 """Ranks of one incarnation may start so far apart."""
 OUTAGE_PAUSE_S = 1.0
@@ -150,6 +152,8 @@ class Publisher:
                     logger.warning("attempt %d of %d to push step %d: %s", attempt, ATTEMPTS, step, error)
                     if attempt == ATTEMPTS:
                         raise
+                    if self._coordinator is not None:  # the other ranks wait for it
+                        time.sleep(ATTEMPT_PAUSE_S * 2 ** (attempt - 1))
                     break
         raise AssertionError("the last attempt returns or raises")
 
