@@ -70,7 +70,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--checkpoint-dir", type=Path, default=Path(env("CHECKPOINT_DIR", "/data/checkpoints")))
     parser.add_argument("--checkpoint-every", type=int, default=5, help="steps; the last step is always saved")
     parser.add_argument("--steps", type=int, default=20, help="in all, those of earlier incarnations included")
-    parser.add_argument("--samples", type=int, default=4, help="answers to each prompt")
+    parser.add_argument("--samples", type=int, default=6, help="answers to each prompt")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--min-step-s", type=float, default=0.0, help="slow down to this, to watch or to disturb it")
     parser.add_argument("--patience-s", type=float, default=600.0, help="how long the service may be away")
