@@ -105,7 +105,6 @@ class Publisher:
         self._agent.register([self._arena])
         self._rendezvous = Rendezvous.from_contract(contract)
         self._writer = Writer(
-            contract=contract,
             rank=self._rank,
             agent=self._agent,
             arena=self._arena,

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from weightsync import verify
-from weightsync.config import Contract
 from weightsync.errors import FencedOut, TransportError
 from weightsync.layout.records import SourceLayout, TargetLayout
 from weightsync.plan import Plan, make_plan
@@ -55,14 +54,12 @@ class Writer:
     def __init__(
         self,
         *,
-        contract: Contract,
         rank: int,
         agent: Agent,
         arena: torch.Tensor,
         layouts: Sequence[SourceLayout],
         rendezvous: Rendezvous,
     ) -> None:
-        self._contract = contract
         self._rank = rank
         self._agent = agent
         self._arena = arena

@@ -8,10 +8,10 @@ serialization between processes admits plain values only.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import logging
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from weightsync.config import Contract, PodFacts
 from weightsync.errors import ConfigError, UnsupportedLayout, WeightSyncError
-from weightsync.layout.records import SourceTensor, TargetLayout
+from weightsync.layout.records import Copy, SourceTensor, TargetLayout
 from weightsync.layout.trace import trace_loader
 from weightsync.receiver import Receiver
 from weightsync.rendezvous.ledger import Ledger
@@ -116,10 +116,11 @@ def check_load_format(params: Mapping[str, torch.Tensor], layout: TargetLayout, 
     and bytes in load format would be garbage to it (failure mode 3).
     """
     wrong: set[str] = set()
-    copies = sorted(layout.copies, key=lambda copy: copy.source)
-    for source, group in itertools.groupby(copies, key=lambda copy: copy.source):
-        loaded = checkpoint_tensor(path, source)
-        for copy in group:
+    copies: dict[str, list[Copy]] = defaultdict(list)
+    for copy in layout.copies:
+        copies[copy.source].append(copy)
+    for name, loaded in checkpoint_tensors(path, copies):
+        for copy in copies[name]:
             live = params[copy.target].as_strided(copy.shape, copy.target_strides, copy.target_offset)
             want = loaded.as_strided(copy.shape, copy.source_strides, copy.source_offset).to(live)
             if not torch.equal(live, want):
@@ -131,13 +132,13 @@ def check_load_format(params: Mapping[str, torch.Tensor], layout: TargetLayout, 
         )
 
 
-def checkpoint_tensor(path: str, name: str) -> torch.Tensor:
-    """One tensor of the checkpoint, on the CPU. Raises ConfigError when no file has it."""
+def checkpoint_tensors(path: str, names: Container[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The checkpoint's tensors of these names, one at a time, on the CPU; each file is opened once."""
     for file in sorted(Path(path).glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
-            if name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
-                return opened.get_tensor(name)
-    raise ConfigError(f"model.path {path} has no tensor {name}")
+            for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
+                if name in names:
+                    yield name, opened.get_tensor(name)
 
 
 def checkpoint_sources(path: str) -> list[SourceTensor]:
