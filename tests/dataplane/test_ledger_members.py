@@ -130,6 +130,18 @@ def test_nobody_is_called_lost_before_they_could_renew_their_leases_after_an_out
     assert observer.lost_members(taking_part) == ("engine-0", "engine-1")
 
 
+def test_nobody_is_called_lost_when_redis_came_back_empty_between_two_calls(
+    redis_server: RedisServer, ledger: Ledger, open_ledger: OpenLedger
+) -> None:
+    """The pool replaces a connection that was closed meanwhile without an error that a caller could see."""
+    taking_part = {"engine-0": ledger.join(member("engine-0"), ttl_s=30).incarnation}
+    ledger.hold_writer_lease(1, 0, ttl_s=30)
+    observer = open_ledger()
+    assert (observer.lost_writers(1, 1), observer.lost_members(taking_part)) == ((), ())
+    redis_server.restart(with_data=False)
+    assert (observer.lost_writers(1, 1), observer.lost_members(taking_part)) == ((), ())
+
+
 def test_status_is_stamped_by_the_ledgers_clock(ledger: Ledger) -> None:
     before = ledger.now()
     ledger.publish_replica_status(ReplicaStatus(name="engine-0", version=2, epoch=1, state="OPEN", serving=True))

@@ -15,6 +15,7 @@ from typing import Any, Self, TypeVar
 
 import redis
 from redis.backoff import NoBackoff
+from redis.connection import Connection
 from redis.exceptions import AuthorizationError, NoPermissionError, OutOfMemoryError
 from redis.retry import Retry
 
@@ -77,12 +78,24 @@ class Witness:
 class _Shared:
     """State of one client that its copies with other deadlines share."""
 
-    def __init__(self, client: redis.Redis) -> None:
-        self.client = client
+    def __init__(self) -> None:
         self.lock = threading.Lock()
         self.witness = Witness()
         self.clock_offset_s: float | None = None
+        self.connected = False
         self.last_fault = -math.inf
+
+
+    def note_connect(self, connection: Connection) -> None:
+        """redis-py makes a connection that the server closed anew without an error: it counts as a fault all the same.
+
+        A Redis that came back empty between two calls would otherwise look like one in which every lease ran out.
+        """
+        connection.on_connect()
+        with self.lock:
+            if self.connected:
+                self.last_fault = time.monotonic()
+            self.connected = True
 
 
 class LedgerConnection:
@@ -103,7 +116,8 @@ class LedgerConnection:
         self.address = f"{host}:{port}/{database}"
         self._retry_s = retry_s
         self._until: float | None = None
-        client = redis.Redis(
+        self._shared = _Shared()
+        self._client = redis.Redis(
             host=host,
             port=port,
             db=database,
@@ -115,8 +129,8 @@ class LedgerConnection:
             health_check_interval=15,
             retry=Retry(NoBackoff(), 0),
             decode_responses=True,
+            redis_connect_func=self._shared.note_connect,
         )
-        self._shared = _Shared(client)
 
     @classmethod
     def from_contract(cls, contract: Contract, *, retry_s: float = 5.0) -> Self:
@@ -139,7 +153,7 @@ class LedgerConnection:
 
     def close(self) -> None:
         """Close the sockets; a later call would open new ones."""
-        self._shared.client.close()
+        self._client.close()
 
     def __enter__(self) -> Self:
         return self
@@ -149,7 +163,7 @@ class LedgerConnection:
 
     @property
     def calm_s(self) -> float:
-        """Seconds since a call of this client last failed; infinite when none ever did.
+        """Seconds since a call of this client last failed or had to connect again; infinite when none ever did.
 
         Leases of the living run out while the ledger is away, and none is renewed before its holder's next beat.
         """
@@ -184,7 +198,7 @@ class LedgerConnection:
 
     def _attempt(self, command: Callable[[redis.Redis], T]) -> T:
         try:
-            return _attempt(command, self._shared.client)
+            return _attempt(command, self._client)
         except _Passing:
             with self._shared.lock:
                 self._shared.last_fault = time.monotonic()
