@@ -49,7 +49,7 @@ print("{}")
 """
 RELEASE = """
 import pathlib, sys
-(pathlib.Path("/data") / sys.stdin.read() / "hold").unlink()
+(pathlib.Path("/data") / sys.stdin.read() / "hold").unlink(missing_ok=True)
 print("{}")
 """
 

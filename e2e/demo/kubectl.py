@@ -10,6 +10,7 @@ from typing import Any
 from e2e.lab.errors import LabError
 
 Manifest = dict[str, Any]
+EXEC_TRIES = 3
 
 
 class Kubectl:
@@ -59,7 +60,15 @@ class Kubectl:
     def python(
         self, pod: str, script: str, *, stdin: str = "", container: str | None = None, timeout_s: float = 60.0
     ) -> Any:
-        """Run a Python script in a pod and return the JSON that it prints last."""
+        """Run a Python script in a pod and return the JSON that it prints last. The script may be run again.
+
+        `kubectl exec` now and then ends with 0 and none of the output, when the stream closes before it was read: another try.
+        """
         where = [pod] if container is None else [pod, "-c", container]
-        printed = self.run("exec", "-i", *where, "--", "python", "-c", script, stdin=stdin, timeout_s=timeout_s)
-        return json.loads(printed.strip().splitlines()[-1])
+        for _ in range(EXEC_TRIES):
+            printed = self.run("exec", "-i", *where, "--", "python", "-c", script, stdin=stdin, timeout_s=timeout_s)
+            if printed.strip():
+                return json.loads(printed.strip().splitlines()[-1])
+        raise LabError(
+            f"`kubectl exec {pod}` gave no output, {EXEC_TRIES} times", cure=f"kubectl logs {pod}; is it being replaced?"
+        )
