@@ -6,12 +6,13 @@ module of the runtime reads the environment. Imports pydantic only.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.alias_generators import to_camel
 
 from weightsync.errors import ConfigError
@@ -71,7 +72,8 @@ class FabricSection(_Section):
 class TransferSection(_Section):
     """How a push is made and ended."""
 
-    format: Literal["bf16"] = "bf16"
+    format: Literal["auto", "bf16", "fp8-128x128", "fp8-128x128-ue8m0"] = "auto"
+    """What engines must want; auto takes what they report. With `ue8m0` the scales are powers of two."""
     commit: Literal["inPlace"] = "inPlace"
     pause_mode: Literal["abort", "wait", "keep"] = "wait"
     timeout_seconds: Annotated[float, Field(gt=0, le=3600)] = 120.0
@@ -83,7 +85,7 @@ class TransferSection(_Section):
 class Contract(_Section):
     """Everything that a trainer rank or an engine must know about the session it belongs to."""
 
-    contract: str = CONTRACT_VERSION
+    contract: Annotated[str, Field(pattern=r"^[0-9]{1,4}\.[0-9]{1,4}$")] = CONTRACT_VERSION
     session: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,79}$")]
     name: str
     namespace: str = "default"
@@ -93,6 +95,15 @@ class Contract(_Section):
     endpoint: EndpointSection
     fabric: FabricSection
     transfer: TransferSection = TransferSection()
+
+    @field_validator("contract")
+    @classmethod
+    def _same_major(cls, version: str) -> str:
+        if version.split(".")[0] != CONTRACT_VERSION.split(".")[0]:
+            raise ValueError(
+                f"contract {version}, this runtime reads {CONTRACT_VERSION}: use images of one release for operator and pods"
+            )
+        return version
 
     @classmethod
     def load(cls, environ: Mapping[str, str] = os.environ) -> Self:
@@ -107,9 +118,12 @@ class Contract(_Section):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Validate a contract document. Raises ConfigError naming each bad field."""
+        """Validate a contract document. Raises ConfigError naming each bad field.
+
+        One of a later minor version may have keys that this runtime does not know; they are ignored.
+        """
         try:
-            return cls.model_validate_json(text)
+            return cls.model_validate_json(text, extra="ignore" if _is_later_minor(text) else "forbid")
         except ValidationError as error:
             faults = "; ".join(
                 f"{'.'.join(map(str, e['loc'])) or '(document)'}: {e['msg']}" for e in error.errors()[:5]
@@ -124,6 +138,16 @@ class Contract(_Section):
         if not token:
             raise ConfigError(f"endpoint.tokenFile {self.endpoint.token_file} is empty")
         return token
+
+
+def _is_later_minor(text: str) -> bool:
+    """Whether a document says that it is of this major version and a later minor one; False for what is no such document."""
+    try:
+        major, minor = map(int, str(json.loads(text)["contract"]).split("."))
+    except (ValueError, KeyError, TypeError):
+        return False
+    ours = tuple(map(int, CONTRACT_VERSION.split(".")))
+    return major == ours[0] and minor > ours[1]
 
 
 def _read_secret(path: str | None) -> str | None:

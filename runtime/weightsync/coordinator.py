@@ -1,7 +1,7 @@
 """The first trainer rank's part of a push: who takes part, when writers begin, and the one decision at the end.
 
-Reads as the protocol: members, plan, begin, ready, open, go, wire, votes, decide, applied. Every wait ends at the push's one
-deadline, and sooner when somebody whom it waits for has died. Imports httpx for the engines' endpoint; never vLLM.
+Reads as the protocol: members, plan, begin, convert, ready, open, go, wire, votes, decide, applied. Every wait ends at the
+push's one deadline, and sooner when somebody whom it waits for has died. Imports httpx for the engines' endpoint; never vLLM.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import concurrent.futures
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 
 import httpx
 
 from weightsync import verify
 from weightsync.config import Contract
-from weightsync.errors import DeadlineExceeded, PushAborted, WeightSyncError
+from weightsync.errors import ConversionError, DeadlineExceeded, PushAborted, WeightSyncError
 from weightsync.rendezvous.handshake import Applied
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.records import Member, PushRecord, Verdict, Vote, WriterReport
@@ -62,11 +62,14 @@ class Coordinator:
         self._sequence = 0
         self._http = httpx.Client(headers={"Authorization": f"Bearer {contract.endpoint_token()}"}, trust_env=False)
 
-    def push(self, *, step: int, sequence: int, convert_s: float) -> PushSummary:
-        """Push what the arenas hold as the next version. Raises PushAborted with the reason, FencedOut when superseded."""
+    def push(self, *, step: int, sequence: int) -> PushSummary:
+        """Convert and push the model's present weights as the next version.
+
+        Raises PushAborted with the reason, FencedOut when superseded, ConversionError naming a tensor of this rank.
+        """
         deadline = Deadline(self._contract.transfer.timeout_seconds)
         members = self._wait_members(deadline)
-        return self._run(step, sequence, members, deadline, catch_up=0, convert_s=convert_s)
+        return self._run(step, sequence, members, deadline, catch_up=0)
 
     def catch_up(self, *, version: int, sequence: int, step: int) -> PushSummary | None:
         """Bring the replicas that are torn or behind to `version`, which the arenas still hold; None when all are current."""
@@ -81,7 +84,7 @@ class Coordinator:
         if not late:
             return None
         deadline = Deadline(self._contract.transfer.timeout_seconds)
-        return self._run(step, sequence, late, deadline, catch_up=version, convert_s=0.0)
+        return self._run(step, sequence, late, deadline, catch_up=version)
 
     def close(self) -> None:
         self._http.close()
@@ -94,13 +97,12 @@ class Coordinator:
         deadline: Deadline,
         *,
         catch_up: int,
-        convert_s: float,
     ) -> PushSummary:
         started = time.monotonic()
-        phases = _Phases(seconds={"convert": convert_s})
+        phases = _Phases()
         incarnations = {name: member.incarnation for name, member in members.items()}
         with phases.phase("plan"):
-            plans = self._writer.learn(incarnations, Deadline(min(LEARN_S, deadline.left_s)))
+            plans = self._writer.learn(incarnations, Deadline(min(LEARN_S, deadline.left_s)), catch_up=catch_up > 0)
             record = self._ledger.begin_push(
                 epoch=self._epoch,
                 sequence=sequence,
@@ -118,21 +120,31 @@ class Coordinator:
         except WeightSyncError as error:
             verdict = self._decide_abort(record, error)
             votes = {}
-        return self._account(record, verdict, votes, phases, started, deadline)
+            if isinstance(error, ConversionError):  # no later attempt sends these weights
+                with suppress(PushAborted):
+                    self._account(record, verdict, votes, phases, started)
+                raise
+        return self._account(record, verdict, votes, phases, started)
 
     def _carry_out(
         self, record: PushRecord, members: Mapping[str, Member], deadline: Deadline, phases: _Phases
     ) -> dict[tuple[str, int], Vote]:
         """Everything between the begin of a push and its decision; raises when it cannot be committed."""
         with phases.phase("plan"):
+            self._ledger.report_planned(record.push_id, 0)
+            self._wait_ranks(record, deadline, self._ledger.planned, "trainer ranks have not planned")
+        with phases.phase("convert"):
+            if not record.catch_up:
+                self._writer.fill()
+            self._writer.measure(record)
             self._ledger.report_ready(record.push_id, 0)
-            self._wait_ready(record, deadline)
+            self._wait_ranks(record, deadline, self._ledger.ready, "trainer ranks are not ready to write")
         with phases.phase("open"):
             self._open(record, members, deadline)
             self._ledger.release_writers(record.push_id)
         with phases.phase("wire"):
             write_and_report(self._ledger, self._writer, record, 0, deadline)
-            self._wait_written(record, deadline)
+            self._wait_ranks(record, deadline, self._ledger.writer_reports, "trainer ranks have not written")
         with phases.phase("verify"):
             return self._wait_votes(record, members, deadline)
 
@@ -144,22 +156,6 @@ class Coordinator:
             return wait_until(fetch, deadline=deadline, what="no engine has joined the session", poll_max_s=0.5)
         except DeadlineExceeded as error:
             raise PushAborted(f"{error}; is an inference replica running, and can it reach the ledger?") from error
-
-    def _wait_ready(self, record: PushRecord, deadline: Deadline) -> None:
-        missing: set[int] = set(range(self._world_size))
-
-        def fetch() -> bool | None:
-            ready, _ = self._ledger.handshake(record.push_id)
-            missing.difference_update(ready)
-            self._fail_early(record)
-            return True if not missing else None
-
-        wait_until(
-            fetch,
-            deadline=deadline,
-            what="trainer ranks are not ready to write",
-            missing=lambda: f"missing {sorted(missing)}",
-        )
 
     def _open(self, record: PushRecord, members: Mapping[str, Member], deadline: Deadline) -> None:
         """Pause all replicas at once; the first refusal aborts the push."""
@@ -179,20 +175,18 @@ class Coordinator:
         if refusals:
             raise PushAborted(f"{len(refusals)} of {len(members)} replicas did not open: {'; '.join(refusals[:3])}")
 
-    def _wait_written(self, record: PushRecord, deadline: Deadline) -> None:
+    def _wait_ranks(
+        self, record: PushRecord, deadline: Deadline, reached: Callable[[str], Iterable[int]], what: str
+    ) -> None:
+        """Until every trainer rank has got so far."""
         missing: set[int] = set(range(self._world_size))
 
         def fetch() -> bool | None:
-            missing.difference_update(self._ledger.writer_reports(record.push_id))
+            missing.difference_update(reached(record.push_id))
             self._fail_early(record)
             return True if not missing else None
 
-        wait_until(
-            fetch,
-            deadline=deadline,
-            what="trainer ranks have not written",
-            missing=lambda: f"missing {sorted(missing)}",
-        )
+        wait_until(fetch, deadline=deadline, what=what, missing=lambda: f"missing {sorted(missing)}")
 
     def _wait_votes(
         self, record: PushRecord, members: Mapping[str, Member], deadline: Deadline
@@ -243,7 +237,6 @@ class Coordinator:
         votes: Mapping[tuple[str, int], Vote],
         phases: _Phases,
         started: float,
-        deadline: Deadline,
     ) -> PushSummary:
         """Tell the ledger how the push went, whichever way; raises PushAborted when it was not committed."""
         applied: dict[str, Applied] = {}
@@ -307,7 +300,7 @@ def _summary(
         outcome=verdict.decision,
         reason=verdict.reason,
         catch_up=record.catch_up,
-        seconds=seconds + phases.get("convert", 0.0),
+        seconds=seconds,
         bytes=received,
         gbps=received / wire_s / 1e9 if wire_s and received else 0.0,
         pause_seconds=max((item.pause_seconds for item in applied.values()), default=0.0),

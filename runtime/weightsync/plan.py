@@ -16,7 +16,7 @@ import numpy as np
 
 from weightsync.errors import CoverageError, PlanError
 from weightsync.layout.coverage import listed, prove_coverage
-from weightsync.layout.records import ITEM_BYTES, SourceLayout, SourceTensor, TargetLayout
+from weightsync.layout.records import ITEM_BYTES, SourceLayout, SourceTensor, Target, TargetLayout
 from weightsync.layout.strides import spread
 from weightsync.layout.table import Axis, CopyTable, copy_table
 
@@ -24,7 +24,8 @@ REGION_BYTES = 64 << 20
 """Longest source region that is given to one of several holders as a whole."""
 
 WRITE = np.dtype([("slot_offset", "<i8"), ("target_index", "<i4"), ("target_offset", "<i8"), ("length", "<i8")])
-"""One write: `length` elements from the writer's slot arena into target `Plan.targets[target_index]`."""
+"""One write: `length` elements from the writer's slot arena into target `Plan.targets[target_index]`, all counted in elements of
+that target's dtype."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,7 @@ class _Reads:
     copy: np.ndarray
     region: np.ndarray
     count: np.ndarray
+    bytes: np.ndarray
 
 
 class Plan:
@@ -60,17 +62,16 @@ class Plan:
         reads: _Reads,
         digest: str,
     ) -> None:
-        self.targets = tuple(sorted(t.name for t in target.targets))
-        """Names that `target_index` counts in."""
+        self.targets = tuple(sorted(target.targets, key=lambda t: t.name))
+        """What `target_index` counts in."""
         self.digest = digest
         """Hexadecimal; equal when target, ranks and what each of them writes are equal."""
         self.fills = target.fills
         """Elements of the targets that no rank writes; they keep the loader's value."""
         self._ranks, self._table, self._regions, self._reads = tuple(ranks), table, regions, reads
         owner = regions.owner[reads.region]
-        sent = np.bincount(owner, weights=reads.count, minlength=len(ranks)).astype(np.int64)
-        item_bytes = _item_bytes(target)
-        self.bytes_per_rank = {rank: int(count) * item_bytes for rank, count in zip(ranks, sent, strict=True)}
+        sent = np.bincount(owner, weights=reads.bytes, minlength=len(ranks)).astype(np.int64)
+        self.bytes_per_rank = {rank: int(count) for rank, count in zip(ranks, sent, strict=True)}
         """Payload bytes that each trainer rank writes into one engine rank of this layout; 0 when it writes nothing."""
 
     @property
@@ -107,8 +108,8 @@ def make_plan(sources: Sequence[SourceLayout], target: TargetLayout, *, region_b
     axis, targets = Axis(target.sources), Axis(target.targets)
     prove_coverage(target, targets)
     table = copy_table(target, axis, targets)
-    regions, holders = _cut(sources, axis, max(1, region_bytes // _item_bytes(target)))
-    reads = _reads(table, regions)
+    regions, holders = _cut(sources, axis, region_bytes)
+    reads = _reads(table, regions, _item_bytes(targets.tensors)[table.target])
     regions = _share_out(regions, holders, reads, len(ranks))
     _check_held(target, axis, regions, reads, len(ranks))
     digest = hashlib.blake2b(digest_size=16)
@@ -118,13 +119,12 @@ def make_plan(sources: Sequence[SourceLayout], target: TargetLayout, *, region_b
     return Plan(target, ranks, table, regions, reads, digest.hexdigest())
 
 
-def _item_bytes(target: TargetLayout) -> int:
-    dtypes = {t.dtype for t in target.targets}
-    if len(dtypes) != 1 or not dtypes <= ITEM_BYTES.keys():
-        raise PlanError(
-            f"targets have dtypes {sorted(dtypes)}: one slot arena carries one dtype out of {sorted(ITEM_BYTES)}"
-        )
-    return ITEM_BYTES[dtypes.pop()]
+def _item_bytes(tensors: Sequence[SourceTensor] | Sequence[Target]) -> np.ndarray:
+    """[n] bytes of one element of each tensor."""
+    unknown = sorted({tensor.dtype for tensor in tensors} - ITEM_BYTES.keys())
+    if unknown:
+        raise PlanError(f"tensors have dtypes {unknown}: known are {sorted(ITEM_BYTES)}")
+    return np.array([ITEM_BYTES[tensor.dtype] for tensor in tensors], dtype=np.int64)
 
 
 def _check_agreement(sources: Sequence[SourceLayout], target: TargetLayout) -> None:
@@ -149,10 +149,8 @@ def _check_agreement(sources: Sequence[SourceLayout], target: TargetLayout) -> N
         raise PlanError(f"{listed(faults)}: trainer and engines must load the same model configuration")
 
 
-def _cut(
-    sources: Sequence[SourceLayout], axis: Axis[SourceTensor], region_elements: int
-) -> tuple[_Regions, np.ndarray]:
-    """Cut the source axis wherever a holding or a tensor begins or ends, and every `region_elements`.
+def _cut(sources: Sequence[SourceLayout], axis: Axis[SourceTensor], region_bytes: int) -> tuple[_Regions, np.ndarray]:
+    """Cut the source axis wherever a holding or a tensor begins or ends, and every `region_bytes`.
 
     Returns regions that are still nobody's, and [H, 3] rows (region, rank index, slot): who could send it.
     """
@@ -164,9 +162,10 @@ def _cut(
     ]
     start, stop, rank, slot = np.array(rows, dtype=np.int64).reshape(-1, 4).T
     edges = np.unique(np.concatenate([axis.bounds, start, stop]))
-    pieces = -(-np.diff(edges) // region_elements)
-    piece_of, number = spread(pieces)
-    edges = np.unique(np.concatenate([edges[:-1][piece_of] + number * region_elements, edges[-1:]]))
+    tensor = np.searchsorted(axis.bounds, edges[:-1], side="right") - 1
+    longest = np.maximum(region_bytes // _item_bytes(axis.tensors)[tensor], 1)
+    piece_of, number = spread(-(-np.diff(edges) // longest))
+    edges = np.unique(np.concatenate([edges[:-1][piece_of] + number * longest[piece_of], edges[-1:]]))
     first = np.searchsorted(edges, start)
     holding, number = spread(np.searchsorted(edges, stop) - first)
     region = first[holding] + number
@@ -175,18 +174,20 @@ def _cut(
     return _Regions(edges[:-1], edges[1:], nobody, np.zeros_like(nobody)), holders
 
 
-def _reads(table: CopyTable, regions: _Regions) -> _Reads:
+def _reads(table: CopyTable, regions: _Regions, item_bytes: np.ndarray) -> _Reads:
+    """`item_bytes`: [C], of each copy's elements."""
     first = np.searchsorted(regions.stop, table.source_start, side="right")
     last = np.searchsorted(regions.start, table.source_start + table.extent, side="left")
     copy, number = spread(np.maximum(last - first, 0))
     region = first[copy] + number
     count = table.read_below(copy, regions.stop[region]) - table.read_below(copy, regions.start[region])
-    return _Reads(copy[count > 0], region[count > 0], count[count > 0])
+    copy, region, count = copy[count > 0], region[count > 0], count[count > 0]
+    return _Reads(copy, region, count, count * item_bytes[copy])
 
 
 def _share_out(regions: _Regions, holders: np.ndarray, reads: _Reads, n_ranks: int) -> _Regions:
     """Give each region that is read to one holder: sole holders first, then longest-first to the least loaded."""
-    wanted = np.bincount(reads.region, weights=reads.count, minlength=len(regions.start)).astype(np.int64)
+    wanted = np.bincount(reads.region, weights=reads.bytes, minlength=len(regions.start)).astype(np.int64)
     holders = holders[np.lexsort((holders[:, 2], holders[:, 1], holders[:, 0]))]
     distinct = np.ones(len(holders), dtype=bool)
     distinct[1:] = (holders[1:, :2] != holders[:-1, :2]).any(1)

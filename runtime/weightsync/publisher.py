@@ -25,10 +25,10 @@ import torch
 import torch.distributed as dist
 
 from weightsync.config import Contract, PodFacts
-from weightsync.conversion import convert_into
 from weightsync.coordinator import Coordinator, write_and_report
 from weightsync.errors import (
     ConfigError,
+    ConversionError,
     DeadlineExceeded,
     FencedOut,
     LedgerUnavailable,
@@ -39,11 +39,12 @@ from weightsync.errors import (
 )
 from weightsync.layout.families import family_of
 from weightsync.layout.records import SourceLayout
-from weightsync.layout.shards import LocalSources, sources_of
+from weightsync.layout.shards import sources_of
 from weightsync.rendezvous.heartbeat import writer_heartbeat
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.modelexpress import Rendezvous
 from weightsync.rendezvous.records import PushRecord, WriterReport
+from weightsync.slots import Agree, SlotArena
 from weightsync.transport import Agent
 from weightsync.waiting import Deadline, wait_until
 from weightsync.wire import Decision, PushSummary
@@ -93,7 +94,6 @@ class Publisher:
         self._rank, self._world_size = _position()
         self._contract = contract
         self._local = sources_of(model.named_parameters(), family_of(_config_of(model)))
-        self._arena = _arena(self._local)
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._ledger = Ledger.from_contract(contract)
@@ -102,15 +102,15 @@ class Publisher:
         self._lease.wait_first(START_TIMEOUT_S)  # before the exchange below: nobody may miss a rank that has not begun
         layouts = self._gather_layouts()
         self._agent = Agent(f"{contract.session}/trainer/{self._epoch}/{self._rank}/{facts.uid}")
-        self._agent.register([self._arena])
         self._rendezvous = Rendezvous.from_contract(contract)
-        self._writer = Writer(
+        slots = SlotArena(
             rank=self._rank,
-            agent=self._agent,
-            arena=self._arena,
+            local=self._local,
             layouts=layouts,
-            rendezvous=self._rendezvous,
+            format_=contract.transfer.format,
+            agree=self._make_agree(),
         )
+        self._writer = Writer(rank=self._rank, agent=self._agent, slots=slots, rendezvous=self._rendezvous)
         self._coordinator = self._make_coordinator()
         self._held: PushSummary | None = None
         self._sequence = 0
@@ -130,18 +130,16 @@ class Publisher:
         process), and ConversionError naming a tensor with an infinity or NaN, before anything is sent.
         """
         with self._lock:
-            started = time.monotonic()
             self._held = None
-            self._convert()
-            self._held = self._push_until_committed(step, time.monotonic() - started)
+            self._held = self._push_until_committed(step)
             return _report(self._held)
 
-    def _push_until_committed(self, step: int, convert_s: float) -> PushSummary:
+    def _push_until_committed(self, step: int) -> PushSummary:
         outage = Deadline(self._contract.transfer.timeout_seconds)
         for attempt in range(1, ATTEMPTS + 1):
             while True:
                 try:
-                    return self._push_once(step, convert_s)
+                    return self._push_once(step)
                 except (LedgerUnavailable, RendezvousUnavailable) as error:
                     if outage.passed:
                         raise
@@ -175,10 +173,10 @@ class Publisher:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _push_once(self, step: int, convert_s: float) -> PushSummary:
+    def _push_once(self, step: int) -> PushSummary:
         if self._coordinator is not None:
             self._sequence += 1
-            return self._coordinator.push(step=step, sequence=self._sequence, convert_s=convert_s)
+            return self._coordinator.push(step=step, sequence=self._sequence)
         return self._follow_push(step)
 
     def _follow_push(self, step: int) -> PushSummary:
@@ -202,7 +200,11 @@ class Publisher:
         """This rank's part of a push that rank 0 coordinates, up to its decision."""
         deadline = Deadline.at(self._ledger.deadline_to_monotonic(record.deadline_at))
         try:
-            check_plans(record, self._writer.learn(record.members, deadline))
+            check_plans(record, self._writer.learn(record.members, deadline, catch_up=record.catch_up))
+            self._ledger.report_planned(record.push_id, self._rank)
+            if not record.catch_up:
+                self._fill(record, deadline)
+            self._writer.measure(record)
             self._ledger.report_ready(record.push_id, self._rank)
             wait_until(
                 lambda: self._may_write(record),
@@ -212,17 +214,32 @@ class Publisher:
             write_and_report(self._ledger, self._writer, record, self._rank, deadline)
         except PushAborted:
             raise
+        except ConversionError as error:  # no later attempt sends these weights
+            self._refuse(record, str(error))
+            raise
         except WeightSyncError as error:
             self._refuse(record, str(error))
             raise PushAborted(f"push {record.push_id}: {error}") from error
         return self._outcome(record, deadline)
 
+    def _fill(self, record: PushRecord, deadline: Deadline) -> None:
+        """Convert, once every rank has planned: an exchange that one rank stays away from would hold the others."""
+        wait_until(
+            lambda: self._go_on(record, len(self._ledger.planned(record.push_id)) == self._world_size),
+            deadline=deadline,
+            what=f"push {record.push_id}: trainer ranks have not planned",
+        )
+        self._writer.fill()
+
     def _may_write(self, record: PushRecord) -> bool | None:
+        return self._go_on(record, self._ledger.released(record.push_id))
+
+    def _go_on(self, record: PushRecord, reached: bool) -> bool | None:
+        """True when `reached`, None to look again; raises PushAborted once the push is over."""
         verdict = self._ledger.decision(record.push_id)
         if verdict is None or verdict.decision is not Decision.OPEN:
             raise PushAborted(verdict.reason if verdict else f"the ledger lost push {record.push_id}")
-        _, released = self._ledger.handshake(record.push_id)
-        return True if released else None
+        return True if reached else None
 
     def _outcome(self, record: PushRecord, deadline: Deadline) -> PushSummary:
         def fetch() -> PushSummary | None:
@@ -292,14 +309,6 @@ class Publisher:
             self._sequence, record = newest
             self._follow(record)
 
-    def _convert(self) -> None:
-        """The rank's shards, as they are now, into the slot arena. Raises ConversionError before anything is sent."""
-        for piece in self._local.pieces:
-            length = piece.stop - piece.start
-            out = self._arena[piece.local_offset : piece.local_offset + length]
-            convert_into(out, piece.flat(), name=piece.name, target_format=self._contract.transfer.format)
-        self._writer.arena_changed()
-
     def _make_coordinator(self) -> Coordinator | None:
         if self._rank != 0:
             return None
@@ -310,6 +319,24 @@ class Publisher:
             ledger=self._ledger,
             writer=self._writer,
         )
+
+    def _make_agree(self) -> Agree:
+        """The exchange of FP8 scales, over a gloo group of its own with the push's deadline."""
+        if self._world_size == 1:
+            return lambda amax: amax
+        timeout_s = self._contract.transfer.timeout_seconds
+        group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+        def agree(amax: torch.Tensor) -> torch.Tensor:
+            try:
+                dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=group)
+            except RuntimeError as error:
+                raise TransportError(
+                    f"trainer ranks did not agree on FP8 scales within {timeout_s:.0f} s: {error}"
+                ) from error
+            return amax
+
+        return agree
 
     def _agree_on_epoch(self, given: int | None) -> int:
         """The operator's epoch, or the next free one; rank 0 asks the ledger and tells the others."""
@@ -343,12 +370,6 @@ def _config_of(model: torch.nn.Module) -> dict[str, Any]:
             f"{type(model).__name__} has no Hugging Face `config`: it names the family that maps parameters to the checkpoint"
         )
     return config.to_dict()
-
-
-def _arena(local: LocalSources) -> torch.Tensor:
-    """[n] bf16 on the parameters' device; one element even for a rank that holds nothing, since NIXL registers no empty memory."""
-    device = local.pieces[0].flat().device if local.pieces else torch.device("cpu")
-    return torch.empty(max(local.arena_numel, 1), dtype=torch.bfloat16, device=device)
 
 
 def _report(summary: PushSummary) -> PushReport:

@@ -182,7 +182,9 @@ class Receiver:
                 if wrong:
                     self._state = ReplicaState.DIRTY
                     names = ", ".join(wrong[:5])
-                    self._reason = f"{len(wrong)} of {len(measured)} targets differ from version {self._held.version}: {names}"
+                    self._reason = (
+                        f"{len(wrong)} of {len(measured)} targets differ from version {self._held.version}: {names}"
+                    )
             return self.describe()
 
     def close(self) -> None:

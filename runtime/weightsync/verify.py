@@ -1,10 +1,11 @@
 """Digests of tensors that add up: the sum of the digests of disjoint element ranges is the digest of the whole.
 
-digest = sum modulo 2^64 over elements of (bits + 1) * T[i mod 65536] * H(name, i div 65536), with `bits` the
-element's pattern as an unsigned integer, i its linear index, and T and H odd pseudo-random numbers. Odd factors are
-invertible modulo 2^64, so one changed element always changes the sum; a swap, a shift or another name does but for a
-chance of about 2^-48. It proves that bytes arrived where they belong, not that nobody forged them. Chunks of 65,536
-elements stay in the L2 cache: 135 million bf16 elements take 0.1 s on one core. numpy releases the GIL throughout.
+digest = sum modulo 2^64 over elements of (bits + 1) * T[i mod 256] * H(name, i div 256), with `bits` the element's
+pattern as an unsigned integer, i its linear index, T odd 32-bit and H odd 64-bit pseudo-random numbers. Odd factors are
+invertible modulo 2^64, so one changed element always changes the sum, and so do two of at most 2 bytes that change places
+within a row of 256; other swaps, a shift or another name do but for a chance of about 2^-32. It proves that bytes arrived
+where they belong, not that nobody forged them. An element costs one 32 by 32 bit multiplication and a row one of 64 bits,
+which a GPU does while it reads (`weightsync.digest_kernels`). numpy releases the GIL throughout.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ from weightsync.errors import ConversionError
 if TYPE_CHECKING:
     from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 16
+    from weightsync.layout.records import Target
+
+ROW_ELEMENTS = 256
+_BATCH_ROWS = 256
+"""Rows taken at once: their products stay in the L2 cache."""
 _GATHER_ELEMENTS = 1 << 20
 _SHORT_RUN = 1 << 13
 _SEED = 0x5EED_0F_9E37_79B9
@@ -29,7 +34,7 @@ _MASK = (1 << 64) - 1
 
 
 def digest_tensor(name: str, tensor: Tensor) -> int:
-    """Digest of a whole contiguous tensor, any shape, 2-byte or 4-byte dtype, in host memory."""
+    """Digest of a whole contiguous tensor, any shape, 1, 2 or 4 bytes an element, in host memory."""
     return digest_range(name, 0, tensor.reshape(-1))
 
 
@@ -38,20 +43,21 @@ def digest_range(name: str, start: int, flat: Tensor) -> int:
     return _digest(name, start, _bits(flat))
 
 
-def digest_writes(arena: Tensor, writes: np.ndarray, names: Sequence[str]) -> dict[str, int]:
-    """Partial digests, by target, of what a rank's writes (dtype `plan.WRITE`) bring from its slot arena.
+def digest_writes(arena: Tensor, writes: np.ndarray, targets: Sequence[Target]) -> dict[int, int]:
+    """Partial digests, by target index, of what a rank's writes (dtype `plan.WRITE`) bring from its slot arena.
 
-    `names` are the plan's targets. Targets that get nothing are absent.
+    arena: flat, any dtype; seen as elements of each target's dtype. `targets` are the plan's; those that get nothing are absent.
     """
-    totals: dict[str, int] = {}
-    for index in np.unique(writes["target_index"]):
-        name = names[int(index)]
+    seen_as = {dtype: _seen_as(arena, dtype) for dtype in {target.dtype for target in targets}}
+    totals: dict[int, int] = {}
+    for index in np.unique(writes["target_index"]).tolist():
+        name, elements = targets[index].name, seen_as[targets[index].dtype]
         mine = writes[writes["target_index"] == index]
         long = mine["length"] >= _SHORT_RUN
-        total = _digest_short(arena, mine[~long], name)
+        total = _digest_short(elements, mine[~long], name)
         for slot, _, offset, length in mine[long].tolist():
-            total += digest_range(name, offset, arena[slot : slot + length])
-        totals[name] = total & _MASK
+            total += digest_range(name, offset, elements[slot : slot + length])
+        totals[index] = total & _MASK
     return totals
 
 
@@ -61,21 +67,33 @@ def to_hex(digest: int) -> str:
 
 
 def _digest(name: str, start: int, bits: np.ndarray) -> int:
-    table, buffer = _table(), np.empty(CHUNK_ELEMENTS, dtype=np.uint64)
-    first = start // CHUNK_ELEMENTS
-    last = (start + len(bits) - 1) // CHUNK_ELEMENTS
-    factors = _chunk_factors(name_hash(name), np.arange(first, last + 1, dtype=np.uint64)).tolist()
-    total, at = 0, 0
-    while at < len(bits):
-        high, low = divmod(start + at, CHUNK_ELEMENTS)
-        piece = bits[at : at + CHUNK_ELEMENTS - low]
-        product = buffer[: len(piece)]
-        product[:] = piece
+    """Whole rows in batches; the part of a row before the first whole one and after the last by itself."""
+    hashed = name_hash(name)
+    head = min(-start % ROW_ELEMENTS, len(bits))
+    rows = (len(bits) - head) // ROW_ELEMENTS
+    tail = head + rows * ROW_ELEMENTS
+    total = _digest_part(hashed, start, bits[:head]) + _digest_part(hashed, start + tail, bits[tail:])
+    buffer = np.empty((_BATCH_ROWS, ROW_ELEMENTS), dtype=np.uint64)
+    first_row = (start + head) // ROW_ELEMENTS
+    for low in range(0, rows, _BATCH_ROWS):
+        high = min(low + _BATCH_ROWS, rows)
+        product = buffer[: high - low]
+        product[:] = bits[head + low * ROW_ELEMENTS : head + high * ROW_ELEMENTS].reshape(-1, ROW_ELEMENTS)
         product += 1
-        product *= table[low : low + len(piece)]
-        total += int(product.sum()) * factors[high - first]
-        at += len(piece)
+        product *= column_factors()
+        sums = product.sum(axis=1)
+        sums *= _row_factors(hashed, np.arange(first_row + low, first_row + high, dtype=np.uint64))
+        total += int(sums.sum())
     return total & _MASK
+
+
+def _digest_part(hashed: np.uint64, start: int, bits: np.ndarray) -> int:
+    """Elements that lie in one row."""
+    if not len(bits):
+        return 0
+    row, column = divmod(start, ROW_ELEMENTS)
+    sums = (bits.astype(np.uint64) + np.uint64(1)) * column_factors()[column : column + len(bits)]
+    return int(sums.sum()) * int(_row_factors(hashed, np.array([row], dtype=np.uint64))[0])
 
 
 def _digest_short(arena: Tensor, writes: np.ndarray, name: str) -> int:
@@ -88,21 +106,30 @@ def _digest_short(arena: Tensor, writes: np.ndarray, name: str) -> int:
         number = np.arange(len(run)) - (np.cumsum(batch["length"]) - batch["length"])[run]
         element = (batch["target_offset"][run] + number).astype(np.uint64)
         value = bits[batch["slot_offset"][run] + number].astype(np.uint64) + np.uint64(1)
-        value *= _table()[element % CHUNK_ELEMENTS]
-        value *= _chunk_factors(hashed, element // np.uint64(CHUNK_ELEMENTS))
+        value *= column_factors()[element % ROW_ELEMENTS]
+        value *= _row_factors(hashed, element // np.uint64(ROW_ELEMENTS))
         total += int(value.sum())
     return total
+
+
+def _seen_as(arena: Tensor, dtype: str) -> Tensor:
+    """The arena's memory as elements of `dtype`, a remainder left out."""
+    import torch
+
+    memory = arena.view(torch.uint8)
+    wanted: torch.dtype = getattr(torch, dtype)
+    return memory[: len(memory) // wanted.itemsize * wanted.itemsize].view(wanted)
 
 
 def _bits(flat: Tensor) -> np.ndarray:
     """The elements as unsigned integers, sharing memory."""
     import torch
 
-    views = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}
+    views = {1: (torch.uint8, np.uint8), 2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}
     if flat.element_size() not in views or flat.dim() != 1 or not flat.is_contiguous() or flat.device.type != "cpu":
         raise ConversionError(
             f"cannot digest a {flat.dtype} tensor of shape {list(flat.shape)} on {flat.device}: "
-            "want 2 or 4 bytes an element, flat, contiguous, in host memory"
+            "want 1, 2 or 4 bytes an element, flat, contiguous, in host memory"
         )
     integer, unsigned = views[flat.element_size()]
     return flat.detach().view(integer).numpy().view(unsigned)
@@ -115,16 +142,17 @@ def name_hash(name: str) -> np.uint64:
 
 
 @functools.cache
-def _table() -> np.ndarray:
-    """[65536] odd factors, one for each place in a chunk."""
-    table = _splitmix(np.arange(CHUNK_ELEMENTS, dtype=np.uint64) ^ np.uint64(_SEED)) | np.uint64(1)
-    table.setflags(write=False)
-    return table
+def column_factors() -> np.ndarray:
+    """[256] odd factors below 2^32 as uint64, one for each place in a row."""
+    factors = _splitmix(np.arange(ROW_ELEMENTS, dtype=np.uint64) ^ np.uint64(_SEED)) & np.uint64(0xFFFFFFFF)
+    factors |= np.uint64(1)
+    factors.setflags(write=False)
+    return factors
 
 
-def _chunk_factors(hashed: np.uint64, chunks: np.ndarray) -> np.ndarray:
-    """[n] odd factors of chunk numbers (uint64) of the tensor whose name hashes to `hashed`."""
-    return _splitmix(chunks + hashed) | np.uint64(1)
+def _row_factors(hashed: np.uint64, rows: np.ndarray) -> np.ndarray:
+    """[n] odd factors of row numbers (uint64) of the tensor whose name hashes to `hashed`."""
+    return _splitmix(rows + hashed) | np.uint64(1)
 
 
 def _splitmix(x: np.ndarray) -> np.ndarray:

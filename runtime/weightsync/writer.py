@@ -1,7 +1,7 @@
 """A trainer rank's hands: learns the engines of a push, prepares one transfer for each, writes, and says so to them.
 
 The coordinator decides when; this module knows how. Peers and prepared transfers are kept between pushes by incarnation, so
-that a push to an unchanged fleet plans, connects and prepares nothing. Imports torch and the transport, never vLLM.
+that a push to an unchanged fleet plans, connects and prepares nothing. Imports the transport, never vLLM.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import numpy as np
-import torch
 
 from weightsync import verify
-from weightsync.errors import FencedOut, TransportError
-from weightsync.layout.records import SourceLayout, TargetLayout
+from weightsync.errors import FencedOut, PlanError, TransportError
+from weightsync.layout.records import ITEM_BYTES, TargetLayout
 from weightsync.plan import Plan, make_plan
 from weightsync.rendezvous.fencing import Notification
 from weightsync.rendezvous.incarnation import RankKey, replica_ranks
 from weightsync.rendezvous.modelexpress import EngineDescriptor, Rendezvous
 from weightsync.rendezvous.records import PushRecord
+from weightsync.slots import SlotArena
 from weightsync.transport import Agent, Region, Transfer, TransferState
 from weightsync.waiting import Deadline
 
@@ -32,6 +32,14 @@ logger = logging.getLogger(__name__)
 TRANSFER_POLL_S = 0.0005
 GRACE_S = 10.0
 """After the deadline a transfer gets so long to become terminal; then only the end of this process stops it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Met:
+    """What an engine rank published."""
+
+    layout_digest: str
+    descriptor: EngineDescriptor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,50 +53,49 @@ class _Peer:
 
 
 class Writer:
-    """Writes this rank's slot arena into engines.
+    """Writes this rank's slot arena into engines; registers it with `agent` whenever it is laid out anew."""
 
-    arena: [n] bf16, contiguous, registered with `agent`; holds the converted bytes of one version at a time.
-    layouts: what every trainer rank holds, this one's included.
-    """
-
-    def __init__(
-        self,
-        *,
-        rank: int,
-        agent: Agent,
-        arena: torch.Tensor,
-        layouts: Sequence[SourceLayout],
-        rendezvous: Rendezvous,
-    ) -> None:
+    def __init__(self, *, rank: int, agent: Agent, slots: SlotArena, rendezvous: Rendezvous) -> None:
         self._rank = rank
         self._agent = agent
-        self._arena = arena
-        self._layouts = layouts
+        self._slots = slots
         self._rendezvous = rendezvous
+        self._met: dict[RankKey, _Met] = {}
+        self._layouts: dict[str, TargetLayout] = {}
         self._plans: dict[str, Plan] = {}
         self._writes: dict[str, np.ndarray] = {}
         self._peers: dict[RankKey, _Peer] = {}
         self._partials: dict[str, dict[int, int]] = {}
 
-    def arena_changed(self) -> None:
-        """Forget the digests of what the arena held before."""
-        self._partials.clear()
-
-    def learn(self, members: Mapping[str, str], deadline: Deadline) -> dict[str, str]:
+    def learn(self, members: Mapping[str, str], deadline: Deadline, *, catch_up: bool) -> dict[str, str]:
         """Plan for, connect to and prepare writes into every rank of `members` (replica -> incarnation).
 
-        Returns the plan's digest by layout digest. Raises RendezvousUnavailable when ModelExpress does not know a member, and
-        CoverageError or PlanError when trainer and engine do not fit.
+        Returns the plan's digest by layout digest. A catch-up takes the arena as it is: the model may have changed since. Raises
+        RendezvousUnavailable when ModelExpress does not know a member, CoverageError or PlanError when trainer and engine do not
+        fit, or a catch-up needs what the arena does not carry.
         """
         keys = [key for replica, word in members.items() for key in replica_ranks(replica, word)]
         for key in keys:
-            if key not in self._peers:
+            if key not in self._met:
                 self._forget_predecessors(key)
-                self._peers[key] = self._meet(key, deadline)
-        for digest in {self._peers[key].layout_digest for key in keys}:
+                self._met[key] = self._meet(key, deadline)
+        self._lay_out({self._met[key].layout_digest for key in keys}, catch_up)
+        for key in keys:
+            if key not in self._peers:
+                self._peers[key] = self._connect(self._met[key])
+        return {self._met[key].layout_digest: self._plans[self._met[key].layout_digest].digest for key in keys}
+
+    def fill(self) -> None:
+        """Convert the model as it is now into the arena. Raises ConversionError naming a tensor."""
+        self._partials.clear()
+        self._slots.fill()
+
+    def measure(self, record: PushRecord) -> None:
+        """Digest what the arena brings to each layout of a push, unless that was done since it was filled."""
+        for digest in record.plan_digests:
             if digest not in self._partials:
-                self._partials[digest] = self._digest_writes(digest)
-        return {self._peers[key].layout_digest: self._plans[self._peers[key].layout_digest].digest for key in keys}
+                plan = self._plans[digest]
+                self._partials[digest] = verify.digest_writes(self._slots.buffer, self._writes[digest], plan.targets)
 
     def write(self, record: PushRecord, deadline: Deadline) -> int:
         """Write into every rank of every member, and notify each when all writes to all of them are done.
@@ -117,42 +124,60 @@ class Writer:
                 peer.transfer.release()
         self._peers.clear()
 
-    def _meet(self, key: RankKey, deadline: Deadline) -> _Peer:
+    def _meet(self, key: RankKey, deadline: Deadline) -> _Met:
         replica, rank, incarnation = key
         descriptor = self._rendezvous.fetch(replica, incarnation, rank, deadline=deadline.moment)
         layout = TargetLayout.from_bytes(descriptor.layout)
-        digest = layout.digest()
+        self._layouts[layout.digest()] = layout
+        return _Met(layout.digest(), descriptor)
+
+    def _lay_out(self, digests: Set[str], catch_up: bool) -> None:
+        """Make the arena fit the engines of this push; what was prepared from another arena leads nowhere."""
+        engines = {digest: self._layouts[digest] for digest in digests}
+        if catch_up:
+            if not self._slots.carries(engines):
+                raise PlanError(
+                    "the engines to catch up want other formats than the last push had: the next push brings them"
+                )
+            return
+        old = self._slots.buffer
+        if not self._slots.lay_out(engines):
+            return
+        for key in list(self._peers):
+            self._drop(key)
+        self._plans.clear()
+        self._writes.clear()
+        self._partials.clear()
+        if old.numel():
+            self._agent.deregister(old)
+        self._agent.register([self._slots.buffer])
+
+    def _connect(self, met: _Met) -> _Peer:
+        digest = met.layout_digest
         if digest not in self._plans:
             started = time.monotonic()
-            self._plans[digest] = make_plan(self._layouts, layout)
+            self._plans[digest] = make_plan(self._slots.layouts, self._layouts[digest])
             self._writes[digest] = self._plans[digest].writes(self._rank)
             logger.info(
                 "planned layout %s: %d writes in %.2f s", digest, len(self._writes[digest]), time.monotonic() - started
             )
-        agent_name = self._agent.connect(descriptor.metadata)
-        return _Peer(agent_name, digest, self._prepare(agent_name, digest, descriptor))
+        agent_name = self._agent.connect(met.descriptor.metadata)
+        return _Peer(agent_name, digest, self._prepare(agent_name, digest, met.descriptor))
 
     def _prepare(self, agent_name: str, digest: str, descriptor: EngineDescriptor) -> Transfer | None:
-        writes, targets = self._writes[digest], self._plans[digest].targets
+        writes, targets, arena = self._writes[digest], self._plans[digest].targets, self._slots.buffer
         if len(writes) == 0:
             return None
-        item_bytes = self._arena.element_size()
-        device_id = max(self._arena.get_device(), 0)
-        remote = [descriptor.tensors[name] for name in targets]
+        device_id = max(arena.get_device(), 0)
+        remote = [(descriptor.tensors[target.name], ITEM_BYTES[target.dtype]) for target in targets]
         local_regions, remote_regions = [], []
         for slot, index, offset, length in writes.tolist():
-            address = self._arena.data_ptr() + slot * item_bytes
+            tensor, item_bytes = remote[index]
+            address = arena.data_ptr() + slot * item_bytes
             local_regions.append(Region(address=address, length_bytes=length * item_bytes, device_id=device_id))
-            tensor = remote[index]
             address = tensor.address + offset * item_bytes
             remote_regions.append(Region(address=address, length_bytes=length * item_bytes, device_id=tensor.device_id))
         return self._agent.prepare(agent_name, local_regions, remote_regions)
-
-    def _digest_writes(self, digest: str) -> dict[int, int]:
-        """This rank's share of each target's digest, by target index."""
-        targets = self._plans[digest].targets
-        by_name = verify.digest_writes(self._arena, self._writes[digest], targets)
-        return {index: by_name[name] for index, name in enumerate(targets) if name in by_name}
 
     def _last_word(self, record: PushRecord, peer: _Peer) -> Notification:
         return Notification(
@@ -186,8 +211,10 @@ class Writer:
 
     def _forget_predecessors(self, key: RankKey) -> None:
         """A replica that restarted has another incarnation; what was prepared for the last one leads nowhere."""
-        for other in [other for other in self._peers if other[:2] == key[:2]]:
-            self._drop(other)
+        for other in [other for other in self._met if other[:2] == key[:2]]:
+            del self._met[other]
+            if other in self._peers:
+                self._drop(other)
 
     def _forget(self, failed: Sequence[Transfer]) -> None:
         """A connection that failed once is made anew, also towards the same incarnation."""

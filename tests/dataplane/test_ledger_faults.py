@@ -141,7 +141,7 @@ def use_every_method(ledger: Ledger) -> None:
     assert ledger.lost_members({joined.replica: joined.incarnation}) == ()
     assert ledger.report_ready(push.push_id, 1)
     assert ledger.release_writers(push.push_id)
-    assert ledger.handshake(push.push_id) == (frozenset({1}), True)
+    assert (ledger.ready(push.push_id), ledger.released(push.push_id)) == (frozenset({1}), True)
     assert ledger.report_applied(push.push_id, Applied(replica="engine-0", digest="0", pause_seconds=0.1))
     assert ledger.applied(push.push_id).keys() == {"engine-0"}
     assert ledger.summary(push.push_id) is None

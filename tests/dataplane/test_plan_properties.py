@@ -154,7 +154,7 @@ def test_executing_the_plan_gives_what_the_loader_gives(data: st.DataObject) -> 
         writes = plan.writes(layout.rank)
         assert 2 * writes["length"].sum() == plan.bytes_per_rank[layout.rank]
         for _, index, offset, length in writes.tolist():
-            hits[plan.targets[index]][offset : offset + length] += 1
+            hits[plan.targets[index].name][offset : offset + length] += 1
     assert all((count == 1).all() for count in hits.values())
 
 

@@ -155,7 +155,7 @@ def test_any_other_change_of_a_parameter_is_refused_by_name(change) -> None:
 
 
 @pytest.mark.failure_mode(9)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.float8_e4m3fn])
 def test_a_parameter_of_another_dtype_than_its_source_is_refused(dtype: torch.dtype) -> None:
     refused(
         lambda p, s: p.copy_(s),
@@ -170,7 +170,47 @@ def test_bytes_behind_a_view_of_another_dtype_are_refused() -> None:
 
 
 def test_a_source_of_a_dtype_that_cannot_be_pushed_is_refused() -> None:
-    refused(lambda p, s: None, "source s is float32: only bfloat16 can be pushed", dtype="float32")
+    refused(
+        lambda p, s: None, "source s is float16: only bfloat16, float32, float8_e4m3fn can be pushed", dtype="float16"
+    )
+
+
+@pytest.mark.parametrize(
+    ("wanted", "stored"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("bfloat16", "float8_e4m3fn")]
+)
+def test_what_a_trainer_can_produce_is_offered_in_the_dtype_that_is_wanted(wanted: str, stored: str) -> None:
+    """A router's weight that the engine keeps in fp32; DSA's indexer.wk, in FP8 in the checkpoint and bf16 in the engine."""
+    weight = torch.zeros(256, 130, dtype=getattr(torch, wanted))
+    sources = [source("s", 256, 130, dtype=stored)]
+    if stored == "float8_e4m3fn":
+        sources.append(source("s_scale_inv", 2, 2, dtype="float32"))
+
+    def load(weights: Weights) -> None:
+        for name, tensor in weights:
+            if name == "s":
+                weight.copy_(tensor)
+
+    layout = trace_loader(load, {"w": weight}, sources)
+    assert layout.sources == (source("s", 256, 130, dtype=wanted),)
+    assert layout.unused == ()
+
+
+def test_an_fp8_matrix_and_its_scales_are_traced_as_two_tensors() -> None:
+    """Two TP ranks' halves of the rows, scales of 128 by 128 blocks beside them."""
+    weight = torch.zeros(128, 256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    scale = torch.zeros(1, 2)
+    sources = [source("s", 256, 256, dtype="float8_e4m3fn"), source("s_scale_inv", 2, 2, dtype="float32")]
+
+    def load(weights: Weights) -> None:
+        for name, tensor in weights:
+            (weight if name == "s" else scale).copy_(tensor.narrow(0, tensor.shape[0] // 2, tensor.shape[0] // 2))
+
+    layout = trace_loader(load, {"w": weight, "w_scale_inv": scale}, sources)
+    assert [(c.source, c.source_offset, c.target) for c in layout.copies] == [
+        ("s", 128 * 256, "w"),
+        ("s_scale_inv", 2, "w_scale_inv"),
+    ]
+    assert [target.dtype for target in layout.targets] == ["float8_e4m3fn", "float32"]
 
 
 @pytest.mark.failure_mode(3)

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weightsync.errors import ConversionError
+from weightsync.layout.records import Target
 from weightsync.plan import WRITE
-from weightsync.verify import CHUNK_ELEMENTS, digest_range, digest_tensor, digest_writes, to_hex
+from weightsync.verify import ROW_ELEMENTS, column_factors, digest_range, digest_tensor, digest_writes, to_hex
 
 SETTINGS = settings(max_examples=100, deadline=None, derandomize=True)
 TWO_TO_64 = 1 << 64
@@ -26,7 +27,8 @@ def random_bf16(n: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
 
 
-LONG = random_bf16(3 * CHUNK_ELEMENTS + 17)
+LONG = random_bf16(700 * ROW_ELEMENTS + 17)
+"""More rows than are taken at once."""
 places = st.integers(0, len(LONG) - 1)
 
 
@@ -57,7 +59,7 @@ def test_two_elements_swapped_change_the_digest(a: int, b: int) -> None:
 
 
 @SETTINGS
-@given(st.integers(0, 4 * CHUNK_ELEMENTS), st.integers(0, 4 * CHUNK_ELEMENTS))
+@given(st.integers(0, 1 << 40), st.integers(0, 1 << 40))
 def test_the_same_bytes_elsewhere_have_another_digest(a: int, b: int) -> None:
     piece = LONG[:100]
     assert (digest_range("w", a, piece) == digest_range("w", b, piece)) == (a == b)
@@ -67,6 +69,12 @@ def test_the_same_bytes_elsewhere_have_another_digest(a: int, b: int) -> None:
 @given(st.text(max_size=20), st.text(max_size=20))
 def test_the_same_bytes_under_another_name_have_another_digest(a: str, b: str) -> None:
     assert (digest_range(a, 0, LONG[:100]) == digest_range(b, 0, LONG[:100])) == (a == b)
+
+
+def test_factors_are_odd_and_no_two_of_a_row_alike() -> None:
+    factors = column_factors()
+    assert len(set(factors.tolist())) == len(factors) == ROW_ELEMENTS
+    assert bool((factors % 2 == 1).all()) and int(factors.max()) < 1 << 32
 
 
 def test_zeros_count_so_that_a_missing_range_shows() -> None:
@@ -85,15 +93,15 @@ def test_the_definition_is_fixed() -> None:
         return x ^ (x >> 31)
 
     hashed = int.from_bytes(hashlib.blake2b(b"model.norm.weight", digest_size=8).digest(), "little")
-    start = CHUNK_ELEMENTS - 2
+    start = 3 * ROW_ELEMENTS - 2
     piece = LONG[:5]
     total = 0
     for i, bits in enumerate(piece.view(torch.int16).tolist(), start):
-        place = splitmix((i % CHUNK_ELEMENTS) ^ 0x5EED0F9E3779B9) | 1
-        chunk = splitmix((hashed + i // CHUNK_ELEMENTS) % TWO_TO_64) | 1
-        total += (bits % 65536 + 1) * place * chunk
+        column = splitmix((i % ROW_ELEMENTS) ^ 0x5EED0F9E3779B9) % (1 << 32) | 1
+        row = splitmix((hashed + i // ROW_ELEMENTS) % TWO_TO_64) | 1
+        total += (bits % 65536 + 1) * column * row
     assert digest_range("model.norm.weight", start, piece) == total % TWO_TO_64
-    assert to_hex(digest_range("model.norm.weight", 0, torch.arange(8).to(torch.bfloat16))) == "6969d74bff3c34a8"
+    assert to_hex(digest_range("model.norm.weight", 0, torch.arange(8).to(torch.bfloat16))) == "3fa4e37eff3c34a8"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.float16])
@@ -126,9 +134,18 @@ def test_digests_of_writes_add_up_to_the_targets(data: st.DataObject) -> None:
         index, length = targets[i], lengths[i]
         writes[i] = (used, index, filled[index], length)
         piece = digest_range(f"t{index}", filled[index], arena[used : used + length])
-        want[f"t{index}"] = (want.get(f"t{index}", 0) + piece) % TWO_TO_64
+        want[index] = (want.get(index, 0) + piece) % TWO_TO_64
         used, filled[index] = used + length, filled[index] + length
-    assert digest_writes(arena, writes, ["t0", "t1", "t2"]) == want
+    assert digest_writes(arena, writes, [Target(f"t{i}", (filled[i],), "bfloat16") for i in range(3)]) == want
+
+
+def test_an_arena_of_several_dtypes_is_seen_in_each() -> None:
+    """Bytes 0..63 are FP8, 64..127 fp32; offsets count elements of the target's own dtype."""
+    arena = torch.randint(0, 256, (131,), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    targets = [Target("q", (64,), "float8_e4m3fn"), Target("scale", (16,), "float32")]
+    writes = np.array([(0, 0, 0, 64), (16, 1, 0, 16)], dtype=WRITE)
+    want = {0: digest_range("q", 0, arena[:64]), 1: digest_range("scale", 0, arena[64:128].view(torch.float32))}
+    assert digest_writes(arena, writes, targets) == want
 
 
 @pytest.mark.failure_mode(31)

@@ -120,4 +120,4 @@ def execute(plan: Plan, layouts: Sequence[SourceLayout], weights: dict[str, Tens
     for layout in layouts:
         arena = flat_bits(arena_of(layout, weights))
         for slot, index, offset, length in plan.writes(layout.rank).tolist():
-            flat[plan.targets[index]][offset : offset + length] = arena[slot : slot + length]
+            flat[plan.targets[index].name][offset : offset + length] = arena[slot : slot + length]

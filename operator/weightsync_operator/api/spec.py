@@ -209,8 +209,9 @@ class InferenceSpec(Section):
 class TransferSpec(Section):
     """How a push is made and ended."""
 
-    format: Literal["bf16"] = "bf16"
-    """What travels."""
+    format: Literal["auto", "bf16", "fp8-128x128", "fp8-128x128-ue8m0"] = "auto"
+    """What travels; `auto` is what the engines report, and anything else refuses engines that report another. With `ue8m0` the
+    scales of FP8 blocks are powers of two, which DeepGEMM wants on Hopper."""
     commit: Literal["inPlace"] = "inPlace"
     """Bytes land in the live tensors while the engine is paused."""
     pause_mode: Literal["abort", "wait", "keep"] = "wait"

@@ -1,42 +1,34 @@
-"""The registry of conversions and the one function that publishers call."""
+"""Casts of elements, with the checkpoint's dtype in between."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from weightsync.errors import ConversionError
 
-Convert = Callable[[Tensor, Tensor], None]
+CASTS = frozenset({torch.bfloat16, torch.float32})
+"""Dtypes that elements are cast between; FP8 is made block by block (`conversion.fp8`)."""
 
 
-def convert_into(out: Tensor, flat: Tensor, *, name: str, target_format: str = "bf16") -> None:
-    """Write `flat` ([n], the trainer's dtype) into `out` ([n], dtype of `target_format`, same device).
+def convert_into(out: Tensor, flat: Tensor, *, name: str, through: torch.dtype = torch.bfloat16) -> None:
+    """Write `flat` ([n], bf16 or fp32) into `out` ([n], bf16 or fp32, same device), rounded to `through` on the way.
 
-    bf16 is copied bit by bit, fp32 rounded to nearest even as torch's own cast does. Raises ConversionError naming
-    `name` for a pair that is not registered, for sizes that differ, and for an infinity or NaN in what would be sent.
+    `through` is the checkpoint's dtype: an engine gets what it would have loaded. bf16 is copied bit by bit, fp32 rounded to
+    nearest even as torch's own cast does. Raises ConversionError naming `name` for other dtypes, for sizes that differ, and for
+    an infinity or NaN in what would be sent.
     """
-    convert = _REGISTRY.get((flat.dtype, target_format))
-    if convert is None:
-        known = ", ".join(sorted(f"{_short(dtype)} to {format_}" for dtype, format_ in _REGISTRY))
-        raise ConversionError(f"{name}: no conversion from {_short(flat.dtype)} to {target_format}; there are {known}")
-    if out.shape != flat.shape or out.dim() != 1 or out.dtype != _ELEMENTS[target_format]:
+    if not {flat.dtype, out.dtype, through} <= CASTS:
+        known = ", ".join(sorted(map(_short, CASTS)))
         raise ConversionError(
-            f"{name}: cannot convert {list(flat.shape)} elements into {list(out.shape)} of {_short(out.dtype)}: "
-            f"want flat tensors of one length, the output {_short(_ELEMENTS[target_format])}"
+            f"{name}: no conversion from {_short(flat.dtype)} to {_short(out.dtype)}; there are casts between {known}"
         )
-    convert(out, flat)
+    if out.shape != flat.shape or out.dim() != 1:
+        raise ConversionError(
+            f"{name}: cannot convert {list(flat.shape)} elements into {list(out.shape)}: want flat tensors of one length"
+        )
+    out.copy_(flat if through in (flat.dtype, out.dtype) else flat.to(through))
     _check_finite(out, flat, name)
-
-
-def _cast(out: Tensor, flat: Tensor) -> None:
-    out.copy_(flat)
-
-
-_REGISTRY: dict[tuple[torch.dtype, str], Convert] = {(torch.bfloat16, "bf16"): _cast, (torch.float32, "bf16"): _cast}
-_ELEMENTS = {"bf16": torch.bfloat16}
 
 
 def _check_finite(out: Tensor, flat: Tensor, name: str) -> None:

@@ -22,7 +22,7 @@ from weightsync.errors import PlanError
 FORMAT = 1
 """Version of the encoded records; a reader refuses any other."""
 
-ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3fn": 1}
 """Bytes of one element of each dtype that a record may name."""
 
 Shape = tuple[int, ...]
@@ -56,7 +56,10 @@ class Target:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Holding:
-    """A rank holds elements [start, stop) of tensor `name`, from element `local_offset` of its slot arena on."""
+    """A rank holds elements [start, stop) of tensor `name`, from element `local_offset` of its slot arena on.
+
+    The arena counts in elements of the tensor's dtype: what has 4 bytes an element begins at byte 4 * local_offset.
+    """
 
     name: str
     start: int

@@ -9,6 +9,7 @@ records, not vLLM.
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,12 +22,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from weightsync.errors import UnsupportedLayout, WeightSyncError
 from weightsync.layout.coverage import prove_coverage
 from weightsync.layout.fills import surviving_fills
+from weightsync.layout.forms import SCALE_SUFFIX
 from weightsync.layout.records import Copy, Fill, SourceTensor, Target, TargetLayout
 from weightsync.layout.table import Axis
 
 _aten = torch.ops.aten
-_TRACED_DTYPES = ("bfloat16",)
-"""What a source may be offered as; a target of another dtype than its source is refused."""
+_TRACED_DTYPES = ("bfloat16", "float32", "float8_e4m3fn")
+"""What a source may be offered as."""
+_PRODUCIBLE = {("float8_e4m3fn", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16")}
+"""(offered, wanted): a trainer holds the unquantized value, so it can send what the checkpoint does not hold."""
 
 
 def trace_loader(
@@ -36,9 +40,28 @@ def trace_loader(
 ) -> TargetLayout:
     """Run `load` on meta tensors of `sources` and note where each of their elements goes in `params`.
 
-    `params` may be live: nothing is written to them. Raises UnsupportedLayout naming the tensor when the loader does
-    what cannot be noted, and CoverageError when an element of a parameter gets no value, or two.
+    `params` may be live: nothing is written to them. A source that a parameter wants in another dtype than the checkpoint's is
+    offered again in that one where a trainer can produce it; its block scales are then not offered. Raises UnsupportedLayout naming
+    the tensor when the loader does what cannot be noted, and CoverageError when an element of a parameter gets no value, or two.
     """
+    offered = {source.name: source for source in sources}
+    if len(offered) != len(sources):
+        raise UnsupportedLayout("sources list a name twice: offer each checkpoint tensor once")
+    recorder = _watch(load, params, list(offered.values()))
+    if recorder.wanted:
+        for name, dtype in recorder.wanted.items():
+            offered[name] = dataclasses.replace(offered[name], dtype=dtype)
+            offered.pop(name + SCALE_SUFFIX, None)
+        recorder = _watch(load, params, list(offered.values()))
+    recorder.check_storage(params)
+    return recorder.layout()
+
+
+def _watch(
+    load: Callable[[Iterable[tuple[str, Tensor]]], Any],
+    params: Mapping[str, Tensor],
+    sources: Sequence[SourceTensor],
+) -> _Recorder:
     recorder = _Recorder(params, sources)
     try:
         with recorder:
@@ -50,8 +73,7 @@ def trace_loader(
             f"the loader failed on a tensor without data, {recorder.offered or 'before it took any'}: "
             f"{type(error).__name__}: {error}"
         ) from error
-    recorder.check_storage(params)
-    return recorder.layout()
+    return recorder
 
 
 class _Parameters:
@@ -104,10 +126,10 @@ class _Recorder(TorchDispatchMode):
         self.copies: list[Copy] = []
         self.fills: list[tuple[Fill, int]] = []
         """Each with the number of copies that came before it."""
+        self.wanted: dict[str, str] = {}
+        """Sources that parameters want in another dtype than they were offered in, which a trainer can send."""
         self.offered = ""
         self.sources = {source.name: source for source in sources}
-        if len(self.sources) != len(sources):
-            raise UnsupportedLayout("sources list a name twice: offer each checkpoint tensor once")
         self._tensors = {source.name: _meta_tensor(source) for source in sources}
         self._source_of = {_storage(tensor): name for name, tensor in self._tensors.items()}
 
@@ -150,6 +172,9 @@ class _Recorder(TorchDispatchMode):
                 "not from a view of a source"
             )
         want, have = self.parameters.targets[name].dtype, self.sources[source].dtype
+        if (have, want) in _PRODUCIBLE and want == _dtype(into) and have == _dtype(view):
+            self._want(source, want)
+            return True
         if not want == have == _dtype(into) == _dtype(view):
             raise UnsupportedLayout(
                 f"parameter {name} is {want} (copied as {_dtype(into)}), but {source} is offered as {have} "
@@ -160,6 +185,12 @@ class _Recorder(TorchDispatchMode):
             Copy(source, int(view.storage_offset()), view.stride(), name, offset, into.stride(), tuple(into.shape))
         )
         return True
+
+    def _want(self, source: str, dtype: str) -> None:
+        if self.wanted.setdefault(source, dtype) != dtype:
+            raise UnsupportedLayout(
+                f"parameters want {source} as {self.wanted[source]} and as {dtype}: a push sends it in one dtype"
+            )
 
     def _note_fill(self, view: Tensor, found: tuple[str, int], value: Any) -> None:
         name, offset = found

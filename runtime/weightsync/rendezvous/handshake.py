@@ -25,6 +25,14 @@ class Applied(JsonRecord):
 class HandshakeLedger(PushLedger):
     """The part of the ledger by which the processes of one push keep step."""
 
+    def report_planned(self, push_id: str, rank: int) -> bool:
+        """A trainer rank has planned its writes and will convert. False when the ledger does not know the push."""
+        return self._add_to_push(push_id, f"planned:{rank}", "1")
+
+    def planned(self, push_id: str) -> frozenset[int]:
+        """Trainer ranks that have planned."""
+        return self._ranks_at(push_id, "planned:")
+
     def report_ready(self, push_id: str, rank: int) -> bool:
         """A trainer rank has prepared its writes. False when the ledger does not know the push."""
         return self._add_to_push(push_id, f"ready:{rank}", "1")
@@ -33,11 +41,13 @@ class HandshakeLedger(PushLedger):
         """All receivers are open: the writers may begin. False when the ledger does not know the push."""
         return self._add_to_push(push_id, "go", "1")
 
-    def handshake(self, push_id: str) -> tuple[frozenset[int], bool]:
-        """(trainer ranks that are ready, whether writers may begin)."""
-        fields = self._call("read push", lambda client: client.hkeys(Keys(self.session).push(push_id)))
-        ready = frozenset(int(field.removeprefix("ready:")) for field in fields if field.startswith("ready:"))  # type: ignore[union-attr]
-        return ready, "go" in fields  # type: ignore[operator]
+    def ready(self, push_id: str) -> frozenset[int]:
+        """Trainer ranks whose bytes are converted and whose writes are prepared."""
+        return self._ranks_at(push_id, "ready:")
+
+    def released(self, push_id: str) -> bool:
+        """Whether writers may begin."""
+        return "go" in self._fields_of(push_id)
 
     def report_applied(self, push_id: str, applied: Applied) -> bool:
         """A replica serves the push. False when the ledger does not know the push."""
@@ -56,3 +66,11 @@ class HandshakeLedger(PushLedger):
         """The coordinator's account; None until it gave one."""
         summaries = self._read_from_push(push_id, "summary:", PushSummary.from_json)
         return summaries[0] if summaries else None
+
+    def _ranks_at(self, push_id: str, prefix: str) -> frozenset[int]:
+        return frozenset(
+            int(field.removeprefix(prefix)) for field in self._fields_of(push_id) if field.startswith(prefix)
+        )
+
+    def _fields_of(self, push_id: str) -> list[str]:
+        return self._call("read push", lambda client: client.hkeys(Keys(self.session).push(push_id)))  # type: ignore[return-value]

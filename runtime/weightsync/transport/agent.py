@@ -1,4 +1,4 @@
-"""The one adapter over NIXL (nixl_cu12): its handles become context-managed objects, its status strings an enum.
+"""The one adapter over NIXL: its handles become context-managed objects, its status strings an enum.
 
 What the layers above must know (design section 8, measured): a posted transfer cannot be cancelled. Releasing its handle, or
 dropping the agent, leaves it sending from a source that the next step rewrites. So `Transfer.release` refuses while the
@@ -10,10 +10,12 @@ reach by shared memory stays open to it until that process dies.
 from __future__ import annotations
 
 import enum
+import importlib
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from weightsync.errors import TransportError
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 BACKEND = "UCX"
+PACKAGES = ("nixl_cu12", "nixl_cu13")
 
 
 class TransferState(enum.Enum):
@@ -55,17 +58,16 @@ class Agent:
     """
 
     def __init__(self, name: str) -> None:
-        from nixl_cu12._api import nixl_agent, nixl_agent_config, nixl_thread_sync_t
-
+        nixl = _nixl()
         # No progress thread: NIXL's spins on a core for as long as the agent lives. Polling a transfer, or for notifications,
         # makes progress, and that is done only while a push is open.
         # STRICT: the receiver's worker thread polls notifications while RPCs register and describe memory.
-        config = nixl_agent_config(
-            backends=[BACKEND], enable_prog_thread=False, sync_mode=nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
+        config = nixl.nixl_agent_config(
+            backends=[BACKEND], enable_prog_thread=False, sync_mode=nixl.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
         )
         self.name = name
-        self._agent = nixl_agent(name, config)
-        self._registrations: list[object] = []
+        self._agent = nixl.nixl_agent(name, config)
+        self._registrations: dict[int, object] = {}
         self._memory_types: set[str] = set()
         if BACKEND not in self._agent.backends:
             raise TransportError(f"NIXL has no {BACKEND} backend; it offers {sorted(self._agent.plugin_list)}")
@@ -76,13 +78,18 @@ class Agent:
         Raises TransportError when the backend refuses, which on RDMA usually means that memlock is too low.
         """
         try:
-            self._registrations.append(self._agent.register_memory(list(tensors), backends=[BACKEND]))
+            registration = self._agent.register_memory(list(tensors), backends=[BACKEND])
         except Exception as error:
             total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
             raise TransportError(
                 f"NIXL refused to register {len(tensors)} tensors, {total} bytes ({error}); check `ulimit -l` on RDMA"
             ) from error
+        self._registrations[tensors[0].data_ptr()] = registration
         self._memory_types.update("VRAM" if tensor.is_cuda else "DRAM" for tensor in tensors)
+
+    def deregister(self, first: torch.Tensor) -> None:
+        """Take back the registration that began with this tensor; no transfer from or to its memory may be prepared."""
+        self._agent.deregister_memory(self._registrations.pop(first.data_ptr()))
 
     def metadata(self) -> bytes:
         """What a peer needs to write into the memory registered so far: keep it within the session."""
@@ -136,7 +143,7 @@ class Agent:
 
     def close(self) -> None:
         """Deregister and destroy the agent: over tcp, peers can reach nothing of ours from here on."""
-        for registration in self._registrations:
+        for registration in self._registrations.values():
             self._agent.deregister_memory(registration)
         self._registrations.clear()
         del self._agent
@@ -201,6 +208,14 @@ class Transfer:
         self._agent.release_xfer_handle(self._handle)  # type: ignore[attr-defined]
         for descriptors in self._descriptors:
             self._agent.release_dlist_handle(descriptors)  # type: ignore[attr-defined]
+
+
+def _nixl() -> Any:
+    """NIXL's Python API, which its wheels carry under one name for each major version of CUDA."""
+    for name in PACKAGES:
+        with suppress(ModuleNotFoundError):
+            return importlib.import_module(f"{name}._api")
+    raise TransportError(f"NIXL is not installed: none of {', '.join(PACKAGES)} can be imported")
 
 
 def _triples(regions: Sequence[Region]) -> list[tuple[int, int, int]]:

@@ -31,7 +31,9 @@ def _keep_load_layout() -> None:
     if cpu_moe.cpu_fused_moe is not _pack_and_run:
         cpu_moe.cpu_fused_moe = _pack_and_run
         # `_pad_moe_intermediate` still changes shapes that the kernel cannot take; the receiver's probe refuses those by name.
-        cpu_moe.CPUUnquantizedExperts.process_weights_after_loading = cpu_moe.CPUUnquantizedExperts._pad_moe_intermediate
+        cpu_moe.CPUUnquantizedExperts.process_weights_after_loading = (
+            cpu_moe.CPUUnquantizedExperts._pad_moe_intermediate
+        )
 
 
 def _no_repacked_kernel(*_: object, **__: object) -> bool:

@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from weightsync.config import Contract, PodFacts
 from weightsync.errors import ConfigError, UnsupportedLayout, WeightSyncError
+from weightsync.layout.forms import SCALE_SUFFIX
 from weightsync.layout.records import Copy, SourceTensor, TargetLayout
 from weightsync.layout.trace import trace_loader
 from weightsync.receiver import Receiver
@@ -123,13 +124,18 @@ def check_load_format(params: Mapping[str, torch.Tensor], layout: TargetLayout, 
         for copy in copies[name]:
             live = params[copy.target].as_strided(copy.shape, copy.target_strides, copy.target_offset)
             want = loaded.as_strided(copy.shape, copy.source_strides, copy.source_offset).to(live)
-            if not torch.equal(live, want):
+            if not torch.equal(_bits(live), _bits(want)):
                 wrong.add(copy.target)
     if wrong:
         raise UnsupportedLayout(
             f"{len(wrong)} of {len(params)} live parameters are not in load format, their kernel repacks weights: "
             f"{', '.join(sorted(wrong)[:5])}; choose another backend for them (docs/operations.md)"
         )
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements as integers: torch compares no FP8."""
+    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
 
 
 def checkpoint_tensors(path: str, names: Container[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -142,9 +148,9 @@ def checkpoint_tensors(path: str, names: Container[str]) -> Iterator[tuple[str, 
 
 
 def checkpoint_sources(path: str) -> list[SourceTensor]:
-    """Names, shapes and dtypes of the checkpoint's tensors, from the headers of its safetensors files.
+    """Names, shapes and dtypes that a trainer of the checkpoint can send, from the headers of its safetensors files.
 
-    Raises ConfigError when the folder holds none.
+    FP8 matrices and their block scales as they are, everything else as bf16. Raises ConfigError when the folder holds none.
     """
     files = sorted(Path(path).glob("*.safetensors"))
     if not files:
@@ -154,5 +160,12 @@ def checkpoint_sources(path: str) -> list[SourceTensor]:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
                 view = opened.get_slice(name)
-                sources.append(SourceTensor(name=name, shape=tuple(view.get_shape()), dtype="bfloat16"))
+                sources.append(SourceTensor(name, tuple(view.get_shape()), _offered(name, view.get_dtype())))
     return sources
+
+
+def _offered(name: str, stored: str) -> str:
+    """The dtype in which a tensor is offered to the loader, from safetensors' word for the one that it is stored in."""
+    if stored == "F8_E4M3":
+        return "float8_e4m3fn"
+    return "float32" if stored == "F32" and name.endswith(SCALE_SUFFIX) else "bfloat16"

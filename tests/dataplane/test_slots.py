@@ -1,0 +1,153 @@
+"""What a rank carries for FP8 engines: plans that cover it, bytes of the whole tensor's conversion whatever the sharding."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.dataplane.slot_makers import deliver, engine, fill_all, fp8_engine, same, shard
+from weightsync.conversion import fp8
+from weightsync.errors import ConversionError, PlanError, UnsupportedLayout
+from weightsync.layout.forms import SCALE_SUFFIX, carry
+from weightsync.layout.records import Holding, SourceLayout, SourceTensor, TargetLayout
+from weightsync.plan import make_plan
+from weightsync.slots import SlotArena
+
+SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+@pytest.mark.failure_mode(4)
+@SETTINGS
+@given(
+    st.integers(1, 5),
+    st.lists(st.tuples(st.integers(1, 400), st.integers(1, 300)), min_size=1, max_size=3),
+    st.sampled_from(["auto", "fp8-128x128-ue8m0"]),
+)
+def test_any_sharding_of_rows_brings_the_bytes_of_the_whole_conversion(
+    ranks: int, sizes: list[tuple[int, int]], format_: str
+) -> None:
+    generator = torch.Generator().manual_seed(len(sizes) * 7 + sizes[0][0])
+    shapes = {f"w{i}": size for i, size in enumerate(sizes)}
+    weights = {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
+    weights |= {"norm": torch.randn(300, generator=generator), "router": torch.randn(300, generator=generator)}
+    layout = fp8_engine(shapes, {"norm": "bfloat16", "router": "float32"})
+    memory = deliver(fill_all(shard(weights, ranks), layout, format_), layout)
+    for name, shape in shapes.items():
+        scales = fp8.scales_of(fp8.block_amax(weights[name]), ue8m0=format_.endswith("ue8m0"))
+        assert same(memory[f"p.{name}{SCALE_SUFFIX}"].view(scales.shape), scales)
+        assert same(memory[f"p.{name}"].view(shape), fp8.quantize(weights[name], scales))
+    assert same(memory["p.norm"], weights["norm"].to(torch.bfloat16))
+    assert same(memory["p.router"], weights["router"].to(torch.bfloat16).float())
+
+
+def test_ranks_that_hold_the_same_rows_share_what_they_send() -> None:
+    """HSDP: two replicas of two shards; each element is written once, the bytes are shared out within a region."""
+    weights = {f"w{i}": torch.randn(256, 256) for i in range(8)}
+    locals_ = [*shard(weights, 2), *shard(weights, 2)]
+    layout = fp8_engine(dict.fromkeys(weights, (256, 256)), {})
+    arenas = fill_all(locals_, layout)
+    sent = make_plan(arenas[0].layouts, layout).bytes_per_rank
+    assert sum(sent.values()) == 8 * (256 * 256 + 4 * 4)
+    assert max(sent.values()) <= 1.1 * min(sent.values())
+    assert same(deliver(arenas, layout)["p.w3"], fp8.quantize(weights["w3"], scales_of(weights["w3"])).reshape(-1))
+
+
+def scales_of(weight: torch.Tensor) -> torch.Tensor:
+    return fp8.scales_of(fp8.block_amax(weight))
+
+
+@pytest.mark.parametrize("rank_of_fault", [0, 1])
+def test_a_nan_is_named_and_no_rank_waits_for_another(rank_of_fault: int) -> None:
+    weights = {"w": torch.randn(300, 200)}
+    weights["w"][20 + 270 * rank_of_fault, 7] = float("nan")
+    with pytest.raises(
+        ConversionError, match=rf"w: 1 of this rank's 30000 .* first at \[{20 + 270 * rank_of_fault}, 7\]"
+    ):
+        fill_all(shard(weights, 2), fp8_engine({"w": (300, 200)}, {}))
+
+
+def test_a_nan_in_a_shared_block_stops_both_ranks() -> None:
+    weights = {"w": torch.randn(300, 200)}
+    weights["w"][149, 7] = float("nan")
+    with pytest.raises(ConversionError, match=r"w: . of this rank's 30000 .* the first (at \[149, 7\]|in a block)"):
+        fill_all(shard(weights, 2), fp8_engine({"w": (300, 200)}, {}))
+
+
+def test_an_arena_is_laid_out_once_for_the_same_wishes() -> None:
+    weights = {"w": torch.randn(256, 128), "norm": torch.randn(300)}
+    quantized, plain = (
+        fp8_engine({"w": (256, 128)}, {"norm": "bfloat16"}),
+        engine([SourceTensor("norm", (300,), "bfloat16")]),
+    )
+    (local,) = shard(weights, 1)
+    arena = SlotArena(rank=0, local=local, layouts=[local.layout(0)], format_="auto", agree=lambda amax: amax)
+    assert not arena.carries({"q": quantized})
+    assert arena.lay_out({"q": quantized})
+    assert not arena.lay_out({"q": quantized, "again": quantized})
+    assert arena.carries({"p": plain})
+    other = engine([SourceTensor("norm", (300,), "float32")])
+    assert not arena.carries({"o": other})
+    with pytest.raises(PlanError, match=r"norm: engines want it as .* float32 and as .* bfloat16"):
+        arena.lay_out({"a": quantized, "b": other})
+
+
+@pytest.mark.parametrize(
+    ("format_", "layout", "match"),
+    [
+        (
+            "bf16",
+            fp8_engine({"w": (128, 128)}, {}),
+            "transfer.format is bf16, but engines want 1 tensors in FP8, first w",
+        ),
+        ("fp8-128x128", engine([SourceTensor("w", (128, 128), "bfloat16")]), "engines want no tensor in FP8"),
+    ],
+)
+def test_a_format_that_the_engines_do_not_want_is_refused(format_: str, layout: TargetLayout, match: str) -> None:
+    (local,) = shard({"w": torch.randn(128, 128)}, 1)
+    arena = SlotArena(rank=0, local=local, layouts=[local.layout(0)], format_=format_, agree=lambda amax: amax)
+    with pytest.raises(PlanError, match=match):
+        arena.lay_out({"d": layout})
+
+
+def test_what_cannot_be_carried_is_refused_by_name() -> None:
+    matrix = SourceTensor("w", (256, 100), "bfloat16")
+    wanted = {
+        "w": SourceTensor("w", (256, 100), "float8_e4m3fn"),
+        "w_scale_inv": SourceTensor("w_scale_inv", (2, 1), "float32"),
+    }
+    parts = SourceLayout(0, (matrix,), (Holding("w", 0, 150, 0),))
+    with pytest.raises(UnsupportedLayout, match=r"w: a rank holds elements \[0, 150\), parts of rows of 100"):
+        carry(parts, wanted)
+    whole = SourceLayout(0, (matrix,), (Holding("w", 0, 25600, 0),))
+    with pytest.raises(PlanError, match="is wanted in FP8 with none as w_scale_inv"):
+        carry(whole, {"w": wanted["w"]})
+    with pytest.raises(PlanError, match=r"with \[3, 1\] float32 as w_scale_inv"):
+        carry(whole, {**wanted, "w_scale_inv": SourceTensor("w_scale_inv", (3, 1), "float32")})
+    with pytest.raises(PlanError, match="engines want float64"):
+        carry(whole, {"w": SourceTensor("w", (256, 100), "float64")})
+
+
+def test_slots_do_not_overlap_and_are_aligned() -> None:
+    weights = {f"w{i}": torch.randn(50 + i, 77) for i in range(5)}
+    layout = fp8_engine({name: tuple(value.shape) for name, value in weights.items()}, {})
+    wanted = {tensor.name: tensor for tensor in layout.sources}
+    for rank, local in enumerate(shard(weights, 3)):
+        carried = carry(local.layout(rank), wanted)
+        spans = []
+        for slot in carried.slots:
+            spans.append((slot.offset_bytes, slot.offset_bytes + slot.numel))
+            assert slot.scales is not None
+            spans.append(
+                (
+                    slot.scales.local_offset * 4,
+                    slot.scales.local_offset * 4 + (slot.scales.stop - slot.scales.start) * 4,
+                )
+            )
+        spans.sort()
+        assert all(start % 256 == 0 for start, _ in spans)
+        assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(spans))
+        assert spans[-1][1] <= carried.arena_bytes

@@ -1,0 +1,55 @@
+"""A rank's arena on the GPU has the bytes of one on the host: FP8, scales, casts, blocks that straddle ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+from tests.dataplane.slot_makers import deliver, fill_all, fp8_engine, same, shard
+from weightsync.errors import ConversionError
+
+
+@pytest.mark.parametrize("format_", ["auto", "fp8-128x128-ue8m0"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_the_same_bytes_as_on_the_host(format_: str, dtype: torch.dtype, ranks: int) -> None:
+    generator = torch.Generator().manual_seed(ranks)
+    shapes = {"a": (300, 256), "b": (128, 130), "c": (1000, 64)}
+    weights = {name: torch.randn(*shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    weights |= {
+        "norm": torch.randn(300, generator=generator).to(dtype),
+        "router": torch.randn(300, generator=generator).to(dtype),
+    }
+    layout = fp8_engine(shapes, {"norm": "bfloat16", "router": "float32"})
+    host = deliver(fill_all(shard(weights, ranks), layout, format_), layout)
+    device = deliver(fill_all(shard({k: v.cuda() for k, v in weights.items()}, ranks), layout, format_), layout)
+    for name, memory in host.items():
+        assert same(memory, device[name]), name
+
+
+@pytest.mark.parametrize("name", ["a", "norm"])
+def test_a_nan_is_named(name: str) -> None:
+    weights = {"a": torch.randn(256, 256).cuda(), "norm": torch.randn(300).cuda()}
+    weights[name].view(-1)[77] = float("nan")
+    with pytest.raises(ConversionError, match=f"1 tensors have an infinity or a NaN, such as {name}:"):
+        fill_all(shard(weights, 1), fp8_engine({"a": (256, 256)}, {"norm": "bfloat16"}))
+
+
+def test_an_arena_is_filled_again_after_a_step_and_after_the_model_moved() -> None:
+    weights = {"a": torch.randn(256, 256).cuda()}
+    layout = fp8_engine({"a": (256, 256)}, {})
+    (local,) = shard(weights, 1)
+    arenas = fill_all([local], layout)
+    local.pieces[0].parameter.mul_(2.0)
+    arenas[0].fill()
+    doubled = deliver(arenas, layout)
+    (fresh,) = shard({"a": weights["a"] * 2}, 1)
+    assert same(doubled["p.a"], deliver(fill_all([fresh], layout), layout)["p.a"])
+    moved = local.pieces[0].parameter.clone().mul_(3.0)
+    local.pieces[0].parameter.set_(moved.untyped_storage(), 0, moved.shape)
+    arenas[0].fill()
+    (fresh,) = shard({"a": moved}, 1)
+    assert same(deliver(arenas, layout)["p.a"], deliver(fill_all([fresh], layout), layout)["p.a"])
