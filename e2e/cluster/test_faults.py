@@ -49,6 +49,17 @@ def test_a_killed_engine_comes_back_and_is_caught_up(resource: Resource) -> None
     resource.wait_in_sync(above=before)
 
 
+@pytest.mark.failure_mode(28)
+def test_all_engines_killed_at_once_come_back_and_are_caught_up(resource: Resource) -> None:
+    """Nobody is left that serves, no peer and no member of the next push: the trainer waits for them, and no new epoch begins."""
+    before = resource.status
+    for pod in resource.engines():
+        resource.kill(pod["metadata"]["name"], "engine")
+    wait_for("no replica is ready", lambda: resource.status["inference"]["ready"] == 0, 60)
+    status = resource.wait_in_sync(above=before["version"]["committed"], timeout_s=2 * ENGINE_START_S)
+    assert status["trainer"]["epoch"] == before["trainer"]["epoch"]
+
+
 @pytest.mark.failure_mode(30)
 @pytest.mark.parametrize("component", ["redis", "modelexpress"])
 def test_the_rendezvous_dies_and_pushes_go_on(resource: Resource, component: str) -> None:

@@ -70,5 +70,6 @@ class Kubectl:
             if printed.strip():
                 return json.loads(printed.strip().splitlines()[-1])
         raise LabError(
-            f"`kubectl exec {pod}` gave no output, {EXEC_TRIES} times", cure=f"kubectl logs {pod}; is it being replaced?"
+            f"`kubectl exec {pod}` gave no output, {EXEC_TRIES} times",
+            cure=f"kubectl logs {pod}; is it being replaced?",
         )

@@ -41,6 +41,9 @@ CONTROL_PLANE_PATCH = {
     "scheduler": {"extraArgs": {"leader-elect": "false"}},
 }
 IMAGE_USER = 10001
+# A probe's process may end between being listed and being signalled: one that is gone is no failure, one that refuses is.
+SIGNAL_EACH = """signal=$1; shift
+for pid; do if kill -s "$signal" "$pid" 2>/dev/null; then echo "$pid"; elif [ -d "/proc/$pid" ]; then exit 1; fi; done"""
 
 
 class KindProvider:
@@ -163,12 +166,12 @@ class KindProvider:
         for container_id in sorted(known & running):
             listed = self.node_exec([*ctr, "tasks", "ps", container_id]).splitlines()[1:]
             pids += [int(line.split()[0]) for line in listed]
-        if not pids:
+        signalled = self.node_exec(["sh", "-c", SIGNAL_EACH, "sh", signal_name, *map(str, pids)]).split()
+        if not signalled:
             raise LabError(
                 f"no running container {namespace}/{pod}/{container} on the node", cure="look at its pod's status"
             )
-        self.node_exec(["kill", f"-{signal_name}", *map(str, pids)])
-        return tuple(pids)
+        return tuple(map(int, signalled))
 
     def _node_state(self) -> str | None:
         """Docker's word for the node's container; None when there is none."""
