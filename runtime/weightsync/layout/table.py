@@ -1,20 +1,20 @@
 """The loader's copies as numpy columns, so that a plan of tens of thousands of tensors is arithmetic on arrays.
 
-All source tensors lie one behind the other on one axis (the source axis, in the order of sorted names): a position on
-it is a source element. Imports numpy and the records.
+All source tensors lie one behind the other on one axis (the source axis): a position on it is a source element. Copies of one
+shape and strides (a form) are reduced once; what is done for each copy is arithmetic. Imports numpy and the records.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
 
 from weightsync.errors import PlanError, UnsupportedLayout
-from weightsync.layout.records import Copy, SourceTensor, Target, TargetLayout
+from weightsync.layout.records import Copy, Shape, SourceTensor, Target, TargetLayout
 from weightsync.layout.strides import canonical, extent, is_nested, spread
 
 T = TypeVar("T", SourceTensor, Target)
@@ -63,6 +63,24 @@ class CopyTable:
         """[C] positions from the first to the last element read, both included."""
         return self.run + ((self.count - 1) * self.source_stride).sum(1)
 
+    @property
+    def numel(self) -> np.ndarray:
+        """[C] elements of each copy."""
+        return self.run * self.count.prod(1)
+
+    def reads(self, start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Which copy reads how many elements of which of these ascending, disjoint ranges of the source axis.
+
+        Returns (copy, range, count), [P] each, of the pairs that read something.
+        """
+        first = np.searchsorted(stop, self.source_start, side="right")
+        last = np.searchsorted(start, self.source_start + self.extent, side="left")
+        copy, number = spread(np.maximum(last - first, 0))
+        item = first[copy] + number
+        count = self.read_below(copy, stop[item]) - self.read_below(copy, start[item])
+        some = count > 0
+        return copy[some], item[some], count[some]
+
     def read_below(self, rows: np.ndarray, position: np.ndarray) -> np.ndarray:
         """[N] how many elements copy rows[n] reads at source positions below position[n], repeats counted."""
         left = position - self.source_start[rows]
@@ -103,45 +121,65 @@ class CopyTable:
         return item, low, self.target[rows[item]], target + (low - source), high - low
 
 
-def copy_table(layout: TargetLayout, sources: Axis[SourceTensor], targets: Axis[Target]) -> CopyTable:
-    """Put the copies of a layout in columns.
+def copy_table(
+    layout: TargetLayout, sources: Axis[SourceTensor], targets: Axis[Target], origin: np.ndarray
+) -> CopyTable:
+    """Put the copies of a layout in columns; `origin` [n] is where each of the sorted sources begins on the source axis.
 
     Raises PlanError for a copy that leaves its tensors, UnsupportedLayout for one that reads overlapping windows.
     """
-    forms = [_source_form(copy, sources, targets) for copy in layout.copies]
-    depth = max((len(outer) for outer, _ in forms), default=0)
-    dims = np.array([[*outer, *[(1, 0, 0)] * (depth - len(outer))] for outer, _ in forms], dtype=np.int64).reshape(
-        len(forms), depth, 3
-    )
-    source = np.array([sources.index[copy.source] for copy in layout.copies], dtype=np.int64)
-    return CopyTable(
-        source_start=sources.bounds[source] + np.array([copy.source_offset for copy in layout.copies], dtype=np.int64),
-        target=np.array([targets.index[copy.target] for copy in layout.copies], dtype=np.int64),
-        target_start=np.array([copy.target_offset for copy in layout.copies], dtype=np.int64),
-        count=dims[:, :, 0],
-        source_stride=dims[:, :, 1],
-        target_stride=dims[:, :, 2],
-        run=np.array([run for _, run in forms], dtype=np.int64),
-    )
-
-
-def _source_form(
-    copy: Copy, sources: Axis[SourceTensor], targets: Axis[Target]
-) -> tuple[tuple[tuple[int, ...], ...], int]:
-    if copy.source not in sources.index or copy.target not in targets.index:
+    copies = layout.copies
+    source = _column(sources.index.get(c.source, -1) for c in copies)
+    target = _column(targets.index.get(c.target, -1) for c in copies)
+    source_offset, target_offset = (_column(c.source_offset for c in copies), _column(c.target_offset for c in copies))
+    for copy in _those(copies, (source < 0) | (target < 0)):
         raise PlanError(f"copy from {copy.source} to {copy.target}: its layout does not list both tensors")
-    source, target = sources.tensors[sources.index[copy.source]], targets.tensors[targets.index[copy.target]]
-    if source.dtype != target.dtype:
-        raise PlanError(f"{target.name} is {target.dtype}, but {source.name} is {source.dtype}: writes convert nothing")
-    outer, run = canonical(copy.shape, copy.source_strides, copy.target_strides)
-    for view, (tensor, offset) in enumerate(((source, copy.source_offset), (target, copy.target_offset))):
-        if offset < 0 or offset + extent(outer, run, view) > tensor.numel:
+    _check_dtypes(copies, sources, targets, source, target)
+    numbers: dict[tuple[Shape, Shape, Shape], int] = {}
+    form = _column(numbers.setdefault((c.shape, c.source_strides, c.target_strides), len(numbers)) for c in copies)
+    forms = [canonical(*views) for views in numbers]
+    for view, (axis, tensor, offset) in enumerate(((sources, source, source_offset), (targets, target, target_offset))):
+        reach = _column(extent(outer, run, view) for outer, run in forms)
+        for copy in _those(copies, (offset < 0) | (offset + reach[form] > np.diff(axis.bounds)[tensor])):
+            name = copy.target if view else copy.source
             raise PlanError(
-                f"copy from {copy.source} to {copy.target} touches elements beyond the {tensor.numel} of {tensor.name}"
+                f"copy from {copy.source} to {copy.target} touches elements beyond the "
+                f"{axis.tensors[axis.index[name]].numel} of {name}"
             )
-    if not is_nested(tuple(dim for dim in outer if dim[1] > 0), run):
+    overlaps = [not is_nested(tuple(dim for dim in outer if dim[1] > 0), run) for outer, run in forms]
+    for copy in _those(copies, np.array(overlaps, dtype=bool)[form]):
         raise UnsupportedLayout(
             f"{copy.target}: the loader reads overlapping windows of {copy.source} "
             f"(shape {copy.shape}, strides {copy.source_strides})"
         )
-    return outer, run
+    depth = max((len(outer) for outer, _ in forms), default=0)
+    dims = np.array([[*outer, *[(1, 0, 0)] * (depth - len(outer))] for outer, _ in forms], dtype=np.int64)
+    dims = dims.reshape(len(forms), depth, 3)[form]
+    return CopyTable(
+        source_start=origin[source] + source_offset,
+        target=target,
+        target_start=target_offset,
+        count=dims[:, :, 0],
+        source_stride=dims[:, :, 1],
+        target_stride=dims[:, :, 2],
+        run=_column(run for _, run in forms)[form],
+    )
+
+
+def _column(numbers: Iterable[int]) -> np.ndarray:
+    return np.fromiter(numbers, np.int64)
+
+
+def _those(copies: Sequence[Copy], at_fault: np.ndarray) -> list[Copy]:
+    return [copies[i] for i in np.flatnonzero(at_fault).tolist()]
+
+
+def _check_dtypes(
+    copies: Sequence[Copy], sources: Axis[SourceTensor], targets: Axis[Target], source: np.ndarray, target: np.ndarray
+) -> None:
+    numbers: dict[str, int] = {}
+    of_source = _column(numbers.setdefault(tensor.dtype, len(numbers)) for tensor in sources.tensors)
+    of_target = _column(numbers.setdefault(tensor.dtype, len(numbers)) for tensor in targets.tensors)
+    for copy in _those(copies, of_source[source] != of_target[target]):
+        have, want = sources.tensors[sources.index[copy.source]], targets.tensors[targets.index[copy.target]]
+        raise PlanError(f"{want.name} is {want.dtype}, but {have.name} is {have.dtype}: writes convert nothing")
