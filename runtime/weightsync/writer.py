@@ -17,6 +17,7 @@ import numpy as np
 
 from weightsync import verify
 from weightsync.errors import FencedOut, PlanError, TransportError
+from weightsync.layout.held import Held
 from weightsync.layout.records import ITEM_BYTES, TargetLayout
 from weightsync.plan import Plan, make_plan
 from weightsync.rendezvous.fencing import Notification
@@ -62,6 +63,7 @@ class Writer:
         self._rendezvous = rendezvous
         self._met: dict[RankKey, _Met] = {}
         self._layouts: dict[str, TargetLayout] = {}
+        self._held = Held(())
         self._plans: dict[str, Plan] = {}
         self._writes: dict[str, np.ndarray] = {}
         self._peers: dict[RankKey, _Peer] = {}
@@ -143,6 +145,7 @@ class Writer:
         old = self._slots.buffer
         if not self._slots.lay_out(engines):
             return
+        self._held = Held(self._slots.layouts)
         for key in list(self._peers):
             self._drop(key)
         self._plans.clear()
@@ -156,7 +159,7 @@ class Writer:
         digest = met.layout_digest
         if digest not in self._plans:
             started = time.monotonic()
-            self._plans[digest] = make_plan(self._slots.layouts, self._layouts[digest])
+            self._plans[digest] = make_plan(self._held, self._layouts[digest])
             self._writes[digest] = self._plans[digest].writes(self._rank)
             logger.info(
                 "planned layout %s: %d writes in %.2f s", digest, len(self._writes[digest]), time.monotonic() - started

@@ -161,11 +161,12 @@ def _stated(sources: Sequence[SourceLayout]) -> tuple[list[SourceTensor], dict[s
 
 def _edges(axis: Axis[SourceTensor], start: np.ndarray, stop: np.ndarray, region_bytes: int) -> np.ndarray:
     """Sorted positions at which regions begin, and the end of the last."""
-    edges = np.unique(np.concatenate([axis.bounds, start, stop]))
+    edges = np.sort(np.concatenate([axis.bounds, start, stop]))
+    edges = edges[np.diff(edges, prepend=-1) > 0]
     tensor = np.searchsorted(axis.bounds, edges[:-1], side="right") - 1
     longest = np.maximum(region_bytes // item_bytes(axis.tensors)[tensor], 1)
     piece_of, number = spread(-(-np.diff(edges) // longest))
-    return np.unique(np.concatenate([edges[:-1][piece_of] + number * longest[piece_of], edges[-1:]]))
+    return np.concatenate([edges[:-1][piece_of] + number * longest[piece_of], edges[-1:]])
 
 
 def _form(tensor: SourceTensor) -> str:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -24,12 +26,12 @@ class Axis(Generic[T]):
     """Tensors laid one behind the other, sorted by name."""
 
     def __init__(self, tensors: Sequence[T]) -> None:
-        self.tensors = sorted(tensors, key=lambda tensor: tensor.name)
+        self.tensors = sorted(tensors, key=attrgetter("name"))
         self.index = {tensor.name: i for i, tensor in enumerate(self.tensors)}
         if len(self.index) != len(self.tensors):
             twice = next(a.name for a, b in itertools.pairwise(self.tensors) if a.name == b.name)
             raise PlanError(f"tensor {twice} is listed twice in one layout")
-        self.bounds = np.cumsum([0, *(tensor.numel for tensor in self.tensors)], dtype=np.int64)
+        self.bounds = np.cumsum([0, *(math.prod(tensor.shape) for tensor in self.tensors)], dtype=np.int64)
         """[len(tensors) + 1]: tensor i takes positions [bounds[i], bounds[i + 1])."""
 
     def locate(self, position: int) -> tuple[T, int]:
@@ -131,21 +133,16 @@ def copy_table(
     copies = layout.copies
     source = _column(sources.index.get(c.source, -1) for c in copies)
     target = _column(targets.index.get(c.target, -1) for c in copies)
-    source_offset, target_offset = (_column(c.source_offset for c in copies), _column(c.target_offset for c in copies))
-    for copy in _those(copies, (source < 0) | (target < 0)):
-        raise PlanError(f"copy from {copy.source} to {copy.target}: its layout does not list both tensors")
-    _check_dtypes(copies, sources, targets, source, target)
+    source_offset = _column(c.source_offset for c in copies)
+    target_offset = _column(c.target_offset for c in copies)
+    _check_tensors(copies, sources, targets, source, target)
     numbers: dict[tuple[Shape, Shape, Shape], int] = {}
     form = _column(numbers.setdefault((c.shape, c.source_strides, c.target_strides), len(numbers)) for c in copies)
     forms = [canonical(*views) for views in numbers]
-    for view, (axis, tensor, offset) in enumerate(((sources, source, source_offset), (targets, target, target_offset))):
-        reach = _column(extent(outer, run, view) for outer, run in forms)
-        for copy in _those(copies, (offset < 0) | (offset + reach[form] > np.diff(axis.bounds)[tensor])):
-            name = copy.target if view else copy.source
-            raise PlanError(
-                f"copy from {copy.source} to {copy.target} touches elements beyond the "
-                f"{axis.tensors[axis.index[name]].numel} of {name}"
-            )
+    source_end = source_offset + _column(extent(outer, run, 0) for outer, run in forms)[form]
+    target_end = target_offset + _column(extent(outer, run, 1) for outer, run in forms)[form]
+    _check_inside(copies, sources, source, source_offset, source_end)
+    _check_inside(copies, targets, target, target_offset, target_end)
     overlaps = [not is_nested(tuple(dim for dim in outer if dim[1] > 0), run) for outer, run in forms]
     for copy in _those(copies, np.array(overlaps, dtype=bool)[form]):
         raise UnsupportedLayout(
@@ -154,14 +151,14 @@ def copy_table(
         )
     depth = max((len(outer) for outer, _ in forms), default=0)
     dims = np.array([[*outer, *[(1, 0, 0)] * (depth - len(outer))] for outer, _ in forms], dtype=np.int64)
-    dims = dims.reshape(len(forms), depth, 3)[form]
+    count, source_stride, target_stride = np.moveaxis(dims.reshape(len(forms), depth, 3)[form], 2, 0)
     return CopyTable(
         source_start=origin[source] + source_offset,
         target=target,
         target_start=target_offset,
-        count=dims[:, :, 0],
-        source_stride=dims[:, :, 1],
-        target_stride=dims[:, :, 2],
+        count=count,
+        source_stride=source_stride,
+        target_stride=target_stride,
         run=_column(run for _, run in forms)[form],
     )
 
@@ -174,12 +171,26 @@ def _those(copies: Sequence[Copy], at_fault: np.ndarray) -> list[Copy]:
     return [copies[i] for i in np.flatnonzero(at_fault).tolist()]
 
 
-def _check_dtypes(
+def _check_tensors(
     copies: Sequence[Copy], sources: Axis[SourceTensor], targets: Axis[Target], source: np.ndarray, target: np.ndarray
 ) -> None:
+    """Both tensors of each copy are listed (index -1: not), and in one dtype."""
+    for copy in _those(copies, (source < 0) | (target < 0)):
+        raise PlanError(f"copy from {copy.source} to {copy.target}: its layout does not list both tensors")
     numbers: dict[str, int] = {}
     of_source = _column(numbers.setdefault(tensor.dtype, len(numbers)) for tensor in sources.tensors)
     of_target = _column(numbers.setdefault(tensor.dtype, len(numbers)) for tensor in targets.tensors)
     for copy in _those(copies, of_source[source] != of_target[target]):
         have, want = sources.tensors[sources.index[copy.source]], targets.tensors[targets.index[copy.target]]
         raise PlanError(f"{want.name} is {want.dtype}, but {have.name} is {have.dtype}: writes convert nothing")
+
+
+def _check_inside(
+    copies: Sequence[Copy], axis: Axis[T], tensor: np.ndarray, offset: np.ndarray, end: np.ndarray
+) -> None:
+    outside = np.flatnonzero((offset < 0) | (end > np.diff(axis.bounds)[tensor]))
+    for i in outside.tolist():
+        copy, touched = copies[i], axis.tensors[int(tensor[i])]
+        raise PlanError(
+            f"copy from {copy.source} to {copy.target} touches elements beyond the {touched.numel} of {touched.name}"
+        )
