@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -212,6 +213,8 @@ class Engine:
 async def host(contracts: list[Path]) -> None:
     """Serve one replica for each contract, in this process, until it is killed."""
     torch.set_num_threads(1)
+    # As many threads a replica as asyncio gives one that has a process, and two cores, of its own.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(6 * len(contracts)))
     servers = []
     for path in contracts:
         contract = Contract.parse(path.read_text())

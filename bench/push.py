@@ -2,7 +2,7 @@
 
     python -m bench.push [--out DIR]        writes DIR/push.json and prints a table
 
-The product's side is its own: a plan of a Qwen3-30B-A3B layer (a tensor an expert, FSDP over 4 ranks, an engine of TP 4 and EP 4),
+The product's side is its own: a plan of three Qwen3-30B-A3B layers (a tensor an expert, FSDP over 4 ranks, an engine of TP 4 and EP 4),
 `Writer` and `Agent` as a trainer rank has them, and an engine that looks for notifications as `Receiver` does. The plain
 stream moves as many bytes from one buffer to one buffer with nothing around NIXL, in several ways of which the best counts. All
 take turns, so that what else the machine does falls on all of them alike. Rates are medians of payload bytes.
@@ -38,8 +38,8 @@ from weightsync.transport import Agent, Region, TransferState
 from weightsync.waiting import Deadline
 from weightsync.writer import Writer
 
-LAYER = Model(
-    layers=1, hidden=2048, heads=32, kv_heads=4, head_dim=128, experts=128, intermediate=768, vocabulary=16384
+LAYERS = Model(
+    layers=3, hidden=2048, heads=32, kv_heads=4, head_dim=128, experts=128, intermediate=768, vocabulary=16384
 )
 SHARDS = 4
 TRANSPORTS = {"tcp": "tcp,self", "shared memory": "sm,tcp,self"}
@@ -81,9 +81,9 @@ def main() -> None:
 
 def measure() -> dict[str, Any]:
     """One transport, in this process and a child."""
-    tensors = sources(LAYER, fused=False)
+    tensors = sources(LAYERSS, fused=False)
     held = fsdp(tensors, ranks=SHARDS)
-    layout = engine(LAYER, tensors, tp=SHARDS, ep=SHARDS, rank=0, fused=False)
+    layout = engine(LAYERS, tensors, tp=SHARDS, ep=SHARDS, rank=0, fused=False)
     context = mp.get_context("spawn")
     pause_s = context.Value("d", 0.0)
     ours, theirs = context.Pipe()

@@ -109,6 +109,9 @@ local function refusal()
   return nil
 end
 
+-- Whoever blocks on this stream wakes up; one that comes later finds the entry.
+redis.call('XADD', key .. ':decided', '*', 'push', ARGV[6])
+redis.call('EXPIRE', key .. ':decided', ARGV[9])
 local reason = refusal()
 if reason then
   redis.call('HSET', key, 'decision', 'ABORT', 'reason', reason)
