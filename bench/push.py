@@ -2,10 +2,10 @@
 
     python -m bench.push [--out DIR]        writes DIR/push.json and prints a table
 
-The product's side is its own: a plan of three Qwen3-30B-A3B layers (a tensor an expert, FSDP over 4 ranks, an engine of TP 4 and EP 4),
-`Writer` and `Agent` as a trainer rank has them, and an engine that looks for notifications as `Receiver` does. The plain
-stream moves as many bytes from one buffer to one buffer with nothing around NIXL, in several ways of which the best counts. All
-take turns, so that what else the machine does falls on all of them alike. Rates are medians of payload bytes.
+The product's side is its own: a plan of three Qwen3-30B-A3B layers (a tensor an expert, FSDP over 4 ranks, an engine of TP 4 and
+EP 4), `Writer` and `Agent` as a trainer rank has them, and an engine that looks for notifications as `Receiver` does. The
+plain stream moves as many bytes from one buffer to one buffer with nothing around NIXL, in several ways of which the best
+counts. All take turns, so that what else the machine does falls on all of them alike. Rates are medians of payload bytes.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def main() -> None:
 
 def measure() -> dict[str, Any]:
     """One transport, in this process and a child."""
-    tensors = sources(LAYERSS, fused=False)
+    tensors = sources(LAYERS, fused=False)
     held = fsdp(tensors, ranks=SHARDS)
     layout = engine(LAYERS, tensors, tp=SHARDS, ep=SHARDS, rank=0, fused=False)
     context = mp.get_context("spawn")
