@@ -51,7 +51,7 @@ class Keys:
         return f"{self.prefix}push:{push_id}"
 
     def decided(self, push_id: str) -> str:
-        """Stream that has an entry once the push is decided, for those who wait for it without polling."""
+        """Stream with one entry (decision, reason) once the push is decided, for those who wait for it without polling."""
         return f"{self.push(push_id)}:decided"
 
     def current_push(self, epoch: int) -> str:

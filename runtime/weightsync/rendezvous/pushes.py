@@ -132,8 +132,11 @@ class PushLedger(LedgerConnection):
         """As `decision`, but one that is still OPEN is waited for, without polling, for at most DECISION_WAIT_S."""
         key = Keys(self.session).decided(push_id)
         block_ms = max(1, round(min(patience_s, DECISION_WAIT_S) * 1000))
-        self._call("await decision", lambda client: client.xread({key: "0"}, count=1, block=block_ms))
-        return self.decision(push_id)
+        told: Any = self._call("await decision", lambda client: client.xread({key: "0"}, count=1, block=block_ms))
+        if not told:
+            return self.decision(push_id)
+        [[_, [[_, entry]]]] = told if isinstance(told, list) else told.items()
+        return Verdict(decision=Decision(entry["decision"]), reason=entry["reason"])
 
     def decide(self, push_id: str, wanted: Decision, reason: str = "") -> Verdict:
         """End a push, once: the first decision stays, and this returns the one in force.
