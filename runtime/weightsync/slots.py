@@ -45,7 +45,7 @@ class SlotArena:
         self._agree = agree
         self._wanted: Mapping[str, SourceTensor] | None = None
         self._device_fill: _DeviceFill | None = None
-        self._device = local.pieces[0].flat().device if local.pieces else torch.device("cpu")
+        self._device = _device_of(local.pieces)
         self.layouts: tuple[SourceLayout, ...] = ()
         """What every rank's arena carries, to plan with."""
         self.buffer = torch.empty(0, dtype=torch.uint8, device=self._device)
@@ -88,7 +88,7 @@ class SlotArena:
             piece = self._pieces[slot.holding.name, slot.holding.start]
             out = self._view(slot.offset_bytes, slot.numel, slot.dtype)
             if slot.scales is None:
-                convert_into(out, piece.flat(), name=piece.name)
+                convert_into(out, piece.flat(), name=piece.name, through=_dtype(slot.through))
             else:
                 self._quantize(slot, piece, out, amax)
 
@@ -141,7 +141,7 @@ class SlotArena:
         }
 
     def _view(self, offset_bytes: int, numel: int, dtype: str) -> Tensor:
-        wanted = cast(torch.dtype, getattr(torch, dtype))
+        wanted = _dtype(dtype)
         return self.buffer[offset_bytes : offset_bytes + numel * wanted.itemsize].view(wanted)
 
 
@@ -186,7 +186,7 @@ class _DeviceFill:
         for slot, source in zip(slots, sources, strict=True):
             out = view(slot.offset_bytes, slot.numel, slot.dtype)
             if slot.scales is None:
-                casts.append(Cast(name=slot.holding.name, source=source, out=out, through=torch.bfloat16))
+                casts.append(Cast(name=slot.holding.name, source=source, out=out, through=_dtype(slot.through)))
                 continue
             columns, across = slot.shape[1], -(-slot.shape[1] // BLOCK)
             row_start = slot.holding.start // columns
@@ -230,6 +230,16 @@ def _check_format(wanted: Mapping[str, SourceTensor], format_: str) -> None:
         raise PlanError(
             f"transfer.format is {format_}, but engines want no tensor in FP8: do they serve an FP8 checkpoint of the model?"
         )
+
+
+def _dtype(name: str) -> torch.dtype:
+    return cast(torch.dtype, getattr(torch, name))
+
+
+def _device_of(pieces: Sequence[LocalPiece]) -> torch.device:
+    """The pieces' own; the host's where they are on several, as parameters that FSDP2 offloads beside buffers on the GPU."""
+    devices = {piece.parameter.device for piece in pieces}
+    return devices.pop() if len(devices) == 1 else torch.device("cpu")
 
 
 def _rows(slot: Slot, piece: LocalPiece) -> tuple[Tensor, int]:

@@ -30,6 +30,8 @@ class Slot:
     shape: Shape
     """Of the whole tensor."""
     dtype: str
+    through: str
+    """The checkpoint's dtype, which elements are rounded to on the way to `dtype`."""
     offset_bytes: int
     scales: Holding | None = None
     """For FP8: the scales of the blocks that the holding touches; `local_offset` counts fp32 elements of the arena."""
@@ -72,7 +74,7 @@ def carry(held: SourceLayout, wanted: Mapping[str, SourceTensor]) -> Carried:
     Raises UnsupportedLayout when a rank holds part of a row of a tensor that is wanted in FP8, PlanError when the engines' scales
     do not fit their tensor.
     """
-    shapes = {tensor.name: tensor.shape for tensor in held.tensors}
+    tensors = {tensor.name: tensor for tensor in held.tensors}
     arena = _Arena()
     slots: list[Slot] = []
     holdings: list[Holding] = []
@@ -81,17 +83,17 @@ def carry(held: SourceLayout, wanted: Mapping[str, SourceTensor]) -> Carried:
         if want is None or holding.start == holding.stop:
             continue
         numel = holding.stop - holding.start
-        scales = _scales(holding, shapes[holding.name], wanted) if want.dtype == _FP8 else None
+        whole = tensors[holding.name]
+        scales = _scales(holding, whole.shape, wanted) if want.dtype == _FP8 else None
         offset = arena.take(numel, want.dtype)
         holdings.append(dataclasses.replace(holding, local_offset=offset // ITEM_BYTES[want.dtype]))
         if scales is not None:
             at = arena.take(scales.stop - scales.start, _SCALE) // ITEM_BYTES[_SCALE]
             scales = dataclasses.replace(scales, local_offset=at)
             holdings.append(scales)
-        slots.append(Slot(holding, shapes[holding.name], want.dtype, offset, scales))
-    produced = [_produced(tensor, wanted) for tensor in held.tensors]
-    tensors = tuple(tensor for group in produced for tensor in group)
-    return Carried(SourceLayout(held.rank, tensors, tuple(holdings)), tuple(slots), arena.used_bytes)
+        slots.append(Slot(holding, whole.shape, want.dtype, whole.dtype, offset, scales))
+    produced = tuple(form for tensor in held.tensors for form in _produced(tensor, wanted))
+    return Carried(SourceLayout(held.rank, produced, tuple(holdings)), tuple(slots), arena.used_bytes)
 
 
 def scale_grid(shape: Shape) -> Shape:
@@ -125,7 +127,7 @@ def _scales(holding: Holding, shape: Shape, wanted: Mapping[str, SourceTensor]) 
     if holding.start % columns or holding.stop % columns:
         raise UnsupportedLayout(
             f"{holding.name}: a rank holds elements [{holding.start}, {holding.stop}), parts of rows of {columns}: FP8 blocks need "
-            "whole rows; shard it along dim 0"
+            "whole rows; shard it along dim 0, or serve it unquantized"
         )
     first, last = holding.start // columns // BLOCK, -(-holding.stop // columns // BLOCK)
     across = scale_grid(shape)[1]
