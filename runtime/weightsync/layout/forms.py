@@ -171,19 +171,19 @@ def _parted(holding: Holding, shape: Shape, rows: Sequence[int]) -> Iterator[tup
 
 def _slots_of(
     part: tuple[int, Holding],
-    tensor: SourceTensor,
+    whole: SourceTensor,
     wanted: Mapping[str, SourceTensor],
     columns: Mapping[str, tuple[Columns, ...]],
 ) -> Iterator[Slot]:
-    """The slots of a part of a holding, not yet placed."""
+    """The slots of a part of a holding of `whole`, not yet placed."""
     number, holding = part
-    shape, through = tensor.shape, tensor.dtype
+    shape = whole.shape
     if holding.name not in columns:
         want = wanted.get(holding.name)
         if want is not None:
             scales = _scales(holding, shape, wanted) if want.dtype == FP8 else None
             ends = (holding.start, holding.stop)
-            yield Slot(holding.name, holding, shape, want.dtype, through, 0, *ends, number, scales=scales)
+            yield Slot(holding.name, holding, shape, want.dtype, whole.dtype, 0, *ends, number, scales=scales)
         return
     first, last = holding.start // shape[1], holding.stop // shape[1]
     for piece in columns[holding.name]:
@@ -192,7 +192,7 @@ def _slots_of(
             carried = Holding(piece.name, first * piece.width, last * piece.width, 0)
             scales = _scales(carried, want.shape, wanted) if want.dtype == FP8 else None
             ends = (carried.start, carried.stop)
-            yield Slot(piece.name, holding, want.shape, want.dtype, through, 0, *ends, number, piece, scales)
+            yield Slot(piece.name, holding, want.shape, want.dtype, whole.dtype, 0, *ends, number, piece, scales)
 
 
 def _produced(
