@@ -81,8 +81,8 @@ def cell(source: str, target: str, format_: str):
 @pytest.mark.timeout(TIMEOUT_S + 60)
 @pytest.mark.parametrize(("source", "target", "format_"), [cell(*each) for each in cells()])
 def test_every_byte_is_what_a_fresh_engine_loads(source: str, target: str, format_: str, folder: Path) -> None:
-    """Seen to fail with `Family.fp32` empty (fp32 router), with columns of a shard taken for rows (tp 2), and with placements read
-    in the order of ranks instead of by coordinate (ep 2 x fsdp 2)."""
+    """Seen to fail with `Family.fp32` empty (fp32 router), without buffers (fp32 router, MLA), with one run for all columns of a
+    shard (tp 2 x fsdp 2), and with `_StridedShard` split as Shard is (ep 2 x fsdp 2)."""
     engines: dict[str, tuple[TargetLayout, Loaded]] = {}
     for rank in range(TARGETS[target].n_ranks):
         packed, loaded = torch.load(folder / f"{format_}-{target}-{rank}.pt")
