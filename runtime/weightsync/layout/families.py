@@ -53,7 +53,15 @@ def qwen3_moe(name: str, shape: Shape) -> Parts:
     )
 
 
-_BY_MODEL_TYPE: Mapping[str, Family] = {"llama": dense, "qwen2": dense, "qwen3": dense, "qwen3_moe": qwen3_moe}
+_BY_MODEL_TYPE: Mapping[str, Family] = {
+    "llama": dense,
+    "qwen2": dense,
+    "qwen3": dense,
+    "qwen3_moe": qwen3_moe,
+    "deepseek_v3": qwen3_moe,
+    "glm4_moe": qwen3_moe,
+    "glm_moe_dsa": qwen3_moe,
+}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

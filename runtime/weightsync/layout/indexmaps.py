@@ -15,13 +15,20 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Box:
-    """Elements of a map, at `at` and on from there with `shape`: number `start` plus `strides` times the place in the box."""
+    """Elements of a map: number `start` at the place `at`, and on from there along some of its dims, maybe along one twice."""
 
     at: tuple[int, ...]
-    shape: tuple[int, ...]
     start: int
+    shape: tuple[int, ...]
+    """How often each step is taken."""
     strides: tuple[int, ...]
-    """None is negative; 0 repeats an element."""
+    """What a step adds to the number: nothing negative; 0 repeats an element."""
+    steps: tuple[tuple[int, int], ...]
+    """(dim of the map, places along it) of a step."""
+
+
+Runs = tuple[int, int, tuple[tuple[int, int, int], ...]]
+"""(place, value, ((count, stride, places), ..)) of a part of one dim."""
 
 
 def boxes(numbers: np.ndarray, bounds: np.ndarray) -> Iterator[Box]:
@@ -30,60 +37,68 @@ def boxes(numbers: np.ndarray, bounds: np.ndarray) -> Iterator[Box]:
     numbers: [..] integers. bounds: [B] ascending; a box's numbers lie between two neighbouring ones.
     """
     if numbers.size:
-        yield from _within(numbers, np.searchsorted(bounds, numbers, side="right"), (0,) * numbers.ndim)
+        yield from _within(numbers, np.searchsorted(bounds, numbers, side="right"), (0,) * numbers.ndim, 0)
 
 
-def _within(numbers: np.ndarray, owner: np.ndarray, at: tuple[int, ...]) -> Iterator[Box]:
+def _within(numbers: np.ndarray, owner: np.ndarray, at: tuple[int, ...], dim: int) -> Iterator[Box]:
+    """Boxes of the map's part at `at`, which has the map's dims from `dim` on."""
     if (owner == owner.flat[0]).all():
-        yield from _separated(numbers, at)
+        yield from _separated(numbers, at, dim)
         return
     rows = owner.reshape(len(owner), -1)
     only = [int(row[0]) if (row == row[0]).all() else None for row in rows]
     for one, group in itertools.groupby(range(len(only)), key=lambda row: only[row]):
         members = list(group)
         if one is not None:
-            yield from _separated(numbers[members[0] : members[-1] + 1], (at[0] + members[0], *at[1:]))
+            yield from _separated(numbers[members[0] : members[-1] + 1], _moved(at, dim, members[0]), dim)
             continue
         for row in members:
-            for box in _within(numbers[row], owner[row], at[1:]):
-                yield _beneath(at[0] + row, box)
+            yield from _within(numbers[row], owner[row], _moved(at, dim, row), dim + 1)
 
 
-def _separated(numbers: np.ndarray, at: tuple[int, ...]) -> Iterator[Box]:
+def _separated(numbers: np.ndarray, at: tuple[int, ...], dim: int) -> Iterator[Box]:
     """When numbers are a sum of one term for each dim, the boxes are the product of the terms' runs; else row by row."""
-    first = int(numbers.flat[0])
-    terms = [
-        numbers[(0,) * dim + (slice(None),) + (0,) * (numbers.ndim - dim - 1)] - first for dim in range(numbers.ndim)
-    ]
+    n_dims, first = numbers.ndim, int(numbers.flat[0])
+    terms = [numbers[(0,) * d + (slice(None),) + (0,) * (n_dims - d - 1)] - first for d in range(n_dims)]
     total = np.full(numbers.shape, first, dtype=np.int64)
-    for dim, term in enumerate(terms):
-        total += term.reshape([-1 if d == dim else 1 for d in range(numbers.ndim)])
+    for d, term in enumerate(terms):
+        total += term.reshape([-1 if other == d else 1 for other in range(n_dims)])
     if not np.array_equal(total, numbers):
         for row in range(len(numbers)):
-            for box in _separated(numbers[row], at[1:]):
-                yield _beneath(at[0] + row, box)
+            yield from _separated(numbers[row], _moved(at, dim, row), dim + 1)
         return
     for runs in itertools.product(*(list(_runs(term)) for term in terms)):
+        steps = [(count, stride, (dim + d, places)) for d, run in enumerate(runs) for count, stride, places in run[2]]
         yield Box(
-            at=tuple(start + run[0] for start, run in zip(at, runs, strict=True)),
-            shape=tuple(run[1] for run in runs),
-            start=first + sum(run[2] for run in runs),
-            strides=tuple(run[3] for run in runs),
+            at=at[:dim] + tuple(start + run[0] for start, run in zip(at[dim:], runs, strict=True)),
+            start=first + sum(run[1] for run in runs),
+            shape=tuple(count for count, *_ in steps),
+            strides=tuple(stride for _, stride, _ in steps),
+            steps=tuple(step for *_, step in steps),
         )
 
 
-def _beneath(row: int, box: Box) -> Box:
-    return Box((row, *box.at), (1, *box.shape), box.start, (0, *box.strides))
+def _moved(at: tuple[int, ...], dim: int, row: int) -> tuple[int, ...]:
+    return (*at[:dim], at[dim] + row, *at[dim + 1 :])
 
 
-def _runs(term: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
-    """(place, length, value, step) of maximal runs with one step that is not negative."""
-    steps = np.diff(term).tolist()
-    place = 0
-    while place < len(term):
-        step = steps[place] if place < len(steps) and steps[place] >= 0 else 0
-        stop = place + 1
-        while stop < len(term) and steps[stop - 1] == step:
+def _runs(term: np.ndarray) -> Iterator[Runs]:
+    """Parts of a dim: values that grow by one step, each of them as often repeated as the others."""
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(term)) + 1])
+    repeats = np.diff(np.append(starts, len(term))).tolist()
+    values, places = term[starts].tolist(), starts.tolist()
+    k = 0
+    while k < len(values):
+        stride = values[k + 1] - values[k] if k + 1 < len(values) else 0
+        stop = k + 1
+        while (
+            stride > 0
+            and stop < len(values)
+            and repeats[stop] == repeats[k]
+            and values[stop] - values[stop - 1] == stride
+        ):
             stop += 1
-        yield place, stop - place, int(term[place]), step if stop - place > 1 else 0
-        place = stop
+        dims = ((stop - k, stride, repeats[k]),) if stop - k > 1 else ()
+        dims += ((repeats[k], 0, 1),) if repeats[k] > 1 else ()
+        yield places[k], values[k], dims
+        k = stop

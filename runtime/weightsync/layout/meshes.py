@@ -35,7 +35,7 @@ class Parameter:
     @property
     def is_experts(self) -> bool:
         """Dim 0 counts experts, which expert parallelism shares out."""
-        return len(self.parts) > 1
+        return len(self.shape) == 3 and ".experts." in self.name
 
     def tensors(self) -> tuple[SourceTensor, ...]:
         """The checkpoint's tensors in it."""
@@ -62,7 +62,9 @@ class TrainerMesh:
         """`fsdp=8`, `hsdp=2x32` (replicas x shards), with `,ep=4`: 4 times the ranks. Raises ConfigError saying how to write it."""
         axes = parse_axes(text, known={"fsdp", "hsdp", "ep"})
         if ("fsdp" in axes) == ("hsdp" in axes):
-            raise ConfigError(f"trainer mesh {text!r}: give fsdp=SHARDS or hsdp=REPLICASxSHARDS, and ,ep=RANKS for experts")
+            raise ConfigError(
+                f"trainer mesh {text!r}: give fsdp=SHARDS or hsdp=REPLICASxSHARDS, and ,ep=RANKS for experts"
+            )
         replicas, shards = axes["hsdp"] if "hsdp" in axes else (1, *axes["fsdp"])
         return cls(shards=shards, replicas=replicas, experts=axes.get("ep", (1,))[0])
 
@@ -131,7 +133,9 @@ def chunk(rows: range, n_chunks: int, index: int) -> range:
     return range(min(rows.start + index * each, rows.stop), min(rows.start + (index + 1) * each, rows.stop))
 
 
-def parse_axes(text: str, *, known: set[str], flags: frozenset[str] | set[str] = frozenset()) -> Mapping[str, tuple[int, ...]]:
+def parse_axes(
+    text: str, *, known: set[str], flags: frozenset[str] | set[str] = frozenset()
+) -> Mapping[str, tuple[int, ...]]:
     """`a=8,b=2x32,c` -> {a: (8,), b: (2, 32), c: ()}. Raises ConfigError naming what is not understood."""
     axes: dict[str, tuple[int, ...]] = {}
     for entry in text.replace(" ", ",").split(","):
@@ -139,10 +143,14 @@ def parse_axes(text: str, *, known: set[str], flags: frozenset[str] | set[str] =
             continue
         name, _, sizes = entry.partition("=")
         if name not in known or name in axes:
-            raise ConfigError(f"mesh {text!r}: {name!r} is not an axis or is given twice; axes are {', '.join(sorted(known))}")
+            raise ConfigError(
+                f"mesh {text!r}: {name!r} is not an axis or is given twice; axes are {', '.join(sorted(known))}"
+            )
         wanted = 0 if name in flags else 2 if name == "hsdp" else 1
         numbers = sizes.split("x") if sizes else []
-        if len(numbers) != wanted or not all(n.isascii() and n.isdigit() and 0 < int(n) <= LARGEST_AXIS for n in numbers):
+        if len(numbers) != wanted or not all(
+            n.isascii() and n.isdigit() and 0 < int(n) <= LARGEST_AXIS for n in numbers
+        ):
             example = name if name in flags else f"{name}=2x32" if name == "hsdp" else f"{name}=8"
             raise ConfigError(f"mesh {text!r}: {entry!r} is not understood; write {example}")
         axes[name] = tuple(map(int, numbers))

@@ -225,7 +225,8 @@ class _Recorder(TorchDispatchMode):
             return self._fault(name, f"parameter {name} gets block scales that the loader mixed with values of its own")
         for source, start, box in origins:
             place = offset + sum(at * stride for at, stride in zip(box.at, into.stride(), strict=True))
-            self.copies.append(Copy(source, start, box.strides, name, place, into.stride(), box.shape))
+            strides = tuple(places * into.stride(dim) for dim, places in box.steps)
+            self.copies.append(Copy(source, start, box.strides, name, place, strides, box.shape))
         return True
 
     def _fault(self, name: str, message: str) -> bool:

@@ -1,7 +1,8 @@
 """What any rank of an engine wants of a model, learnt with no weights, no GPU and no other rank.
 
 `python -m weightsync.vllm.offline` reads a `Job` as JSON from its standard input and leaves one file for each rank in the job's
-folder: `N.layout` (a TargetLayout), or `N.error` when vLLM refuses the sizes or its loader cannot be followed. Each rank is
+folder: `N.layout` (a TargetLayout) with `N.faults` (parameters that it leaves out, and why), or `N.error` when vLLM refuses the
+sizes or its loader cannot be followed at all. Each rank is
 a fork of its own: vLLM's parallel state, its rotary cache and its layer names are globals, and a process can be one rank only. The
 other ranks are torch's fake process group. The trace is of the classes that vLLM chooses on this machine's platform; the layout
 says which, and a live engine's own trace decides.
@@ -23,7 +24,7 @@ from typing import Any, Self
 from unittest import mock
 
 from weightsync.errors import WeightSyncError
-from weightsync.layout.records import SourceTensor
+from weightsync.layout.records import SourceTensor, TargetLayout
 
 DROPPED = ("q_scale", "k_scale", "v_scale", "prob_scale")
 """Parameters of attention's KV cache quantization: vLLM deletes them after loading, and no checkpoint here has them."""
@@ -51,12 +52,9 @@ class Job:
     def world(self) -> int:
         return self.tensor_parallel * self.data_parallel
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Raises ValueError or TypeError for what `to_json` did not write."""
+        """Raises ValueError, KeyError or TypeError for what `inspection.tracing` did not write."""
         value = json.loads(text)
         sources = [SourceTensor(s["name"], tuple(s["shape"]), s["dtype"]) for s in value.pop("sources")]
         return cls(**value, sources=sources)
@@ -65,7 +63,7 @@ class Job:
 def main() -> int:
     """Trace every rank of the job; a rank that fails leaves its reason and does not stop the others."""
     job = Job.from_json(sys.stdin.read())
-    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_MOE_PREPACK": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     os.environ["WORLD_SIZE"] = str(job.world)
     _import_vllm()
     for rank in job.ranks:
@@ -101,7 +99,8 @@ def _guarded(job: Job, rank: int) -> int:
     try:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         with _one_of(job.world, rank):
-            layout = _trace(job)
+            layout, faults = _trace(job)
+        Path(job.out, f"{rank}.faults").write_text(json.dumps(faults))
         Path(job.out, f"{rank}.layout").write_bytes(layout.to_bytes())
     except WeightSyncError as error:
         _leave_error(job, rank, UNTRACEABLE, str(error))
@@ -161,11 +160,12 @@ class _Silent:
         return None
 
 
-def _trace(job: Job) -> Any:
+def _trace(job: Job) -> tuple[TargetLayout, dict[str, str]]:
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.platforms import current_platform
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     from weightsync.vllm.worker import trace_model
@@ -180,7 +180,10 @@ def _trace(job: Job) -> Any:
             for name in DROPPED:
                 if isinstance(getattr(module, name, None), torch.nn.Parameter):
                     delattr(module, name)
-        return trace_model(model, list(job.sources))
+        faults: dict[str, str] = {}
+        layout = trace_model(model, list(job.sources), faults)
+    meta = {**layout.meta, "platform": current_platform.device_type}
+    return dataclasses.replace(layout, meta=meta), faults
 
 
 def _engine_config(job: Job) -> Any:

@@ -1,0 +1,189 @@
+"""What a push would move, counted on the plan itself. Pure: no torch, no I/O.
+
+The plans are those that a trainer would make: every engine rank's layout against what all trainer ranks carry for all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from weightsync.layout.forms import Carried, carry, wanted_of
+from weightsync.layout.meshes import EngineMesh, Parameter, TrainerMesh
+from weightsync.layout.records import ITEM_BYTES, SourceTensor, TargetLayout
+from weightsync.plan import make_plan
+
+_EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """A figure over ranks."""
+
+    least: int
+    mean: int
+    most: int
+
+    @classmethod
+    def of(cls, values: Sequence[int] | np.ndarray) -> Spread:
+        return cls(int(min(values)), round(sum(map(int, values)) / len(values)), int(max(values)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """Source tensors that are stored in one dtype and wanted in another; equal dtypes are passed through."""
+
+    stored: str
+    wanted: str
+    tensors: int
+    bytes: int
+    """As wanted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fallback:
+    """A parameter that cannot be written directly; its whole module is replayed by the engine's own loader."""
+
+    parameter: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Figures:
+    """One push of one version into one replica of the engine."""
+
+    covered_elements: int
+    """Of the traced ranks' targets; each written exactly once, or padding."""
+    padding_elements: int
+    engine_ranks_traced: Sequence[int]
+    engine_ranks: int
+    trainer_bytes_sent: Spread
+    """A trainer rank's egress into all engine ranks; a mean where not all of them were traced."""
+    trainer_arena_bytes: Spread
+    """Memory for converted weights."""
+    trainer_held_elements: Spread
+    engine_bytes_received: Spread
+    writes_a_peer: Spread
+    """Writes of one trainer rank into one engine rank, over pairs that have any."""
+    pairs: int
+    """(trainer rank, traced engine rank) that have any."""
+    writes_an_engine_rank: Spread
+    mean_write_bytes: int
+    conversions: Sequence[Conversion]
+    fallbacks: Sequence[Fallback]
+    replayed_bytes: int
+    """Of modules that fall back, a traced rank at most."""
+
+    def seconds(self, fabric_gbps: float) -> float:
+        """Of the wire alone, at that many gigabits a second for each rank, whichever side is the slower."""
+        return 8 * max(self.trainer_bytes_sent.most, self.engine_bytes_received.most) / (fabric_gbps * 1e9)
+
+
+def count(
+    *,
+    parameters: Sequence[Parameter],
+    sources: Sequence[SourceTensor],
+    trainer: TrainerMesh,
+    engine: EngineMesh,
+    layouts: Mapping[int, TargetLayout],
+    faults: Mapping[str, str],
+) -> Figures:
+    """Plan a push from every trainer rank into the engine ranks with these layouts, and count it.
+
+    sources: what the checkpoint offers. faults: parameters that the layouts leave out. Raises PlanError when there is no plan.
+    """
+    direct = {rank: _without_modules(layout, faults) for rank, layout in layouts.items()}
+    carried = _carried(parameters, sources, trainer, direct.values(), whole=len(layouts) == engine.ranks)
+    writes = np.zeros((trainer.ranks, len(direct)), dtype=np.int64)
+    sent = np.zeros_like(writes)
+    for column, layout in enumerate(direct.values()):
+        plan = make_plan([each.layout for each in carried], layout)
+        for rank in range(trainer.ranks):
+            writes[rank, column] = len(plan.writes(rank))
+            sent[rank, column] = plan.bytes_per_rank[rank]
+    received = sent.sum(0)
+    return Figures(
+        covered_elements=sum(layout.numel for layout in direct.values()),
+        padding_elements=sum(fill.numel for layout in direct.values() for fill in layout.fills),
+        engine_ranks_traced=tuple(layouts),
+        engine_ranks=engine.ranks,
+        trainer_bytes_sent=_egress(sent, engine.ranks),
+        trainer_arena_bytes=Spread.of([each.arena_bytes for each in carried]),
+        trainer_held_elements=Spread.of(
+            [sum(len(trainer.held(p, r)) for p in parameters) for r in range(trainer.ranks)]
+        ),
+        engine_bytes_received=Spread.of(received),
+        writes_a_peer=Spread.of(writes[writes > 0]),
+        pairs=int((writes > 0).sum()),
+        writes_an_engine_rank=Spread.of(writes.sum(0)),
+        mean_write_bytes=int(sent.sum() // max(writes.sum(), 1)),
+        conversions=_conversions(parameters, carried),
+        fallbacks=[Fallback(name, reason) for name, reason in sorted(faults.items())],
+        replayed_bytes=max(_bytes(layouts[rank]) - _bytes(direct[rank]) for rank in layouts),
+    )
+
+
+def _carried(
+    parameters: Sequence[Parameter],
+    sources: Sequence[SourceTensor],
+    trainer: TrainerMesh,
+    layouts: Iterable[TargetLayout],
+    *,
+    whole: bool,
+) -> list[Carried]:
+    """What each trainer rank's arena has for all engine ranks; of ranks that were not traced, the like of what the others want."""
+    wanted = wanted_of({str(i): layout for i, layout in enumerate(layouts)})
+    if not whole:
+        alike = {_EXPERT_NUMBER.sub(".experts.N.", name): tensor for name, tensor in wanted.items()}
+        for source in sources:
+            like = alike.get(_EXPERT_NUMBER.sub(".experts.N.", source.name))
+            if like is not None:
+                wanted.setdefault(source.name, dataclasses.replace(source, dtype=like.dtype))
+    return [carry(trainer.layout(parameters, rank), wanted) for rank in range(trainer.ranks)]
+
+
+def _without_modules(layout: TargetLayout, faults: Mapping[str, str]) -> TargetLayout:
+    """Less the modules that have a fault: vLLM's reload, which they fall back to, works by module."""
+    modules = {name.rpartition(".")[0] for name in faults}
+
+    def kept(target: str) -> bool:
+        return target.rpartition(".")[0] not in modules
+
+    copies = tuple(copy for copy in layout.copies if kept(copy.target))
+    used = {copy.source for copy in copies}
+    return dataclasses.replace(
+        layout,
+        targets=tuple(target for target in layout.targets if kept(target.name)),
+        sources=tuple(source for source in layout.sources if source.name in used),
+        copies=copies,
+        fills=tuple(fill for fill in layout.fills if kept(fill.target)),
+    )
+
+
+def _egress(sent: np.ndarray, engine_ranks: int) -> Spread:
+    """sent: [trainer ranks, traced engine ranks] bytes."""
+    if sent.shape[1] == engine_ranks:
+        return Spread.of(sent.sum(1))
+    mean = round(sent.sum() / sent.shape[1] * engine_ranks / len(sent))
+    return Spread(mean, mean, mean)
+
+
+def _conversions(parameters: Sequence[Parameter], carried: Sequence[Carried]) -> list[Conversion]:
+    stored = {tensor.name: tensor.dtype for parameter in parameters for tensor in parameter.tensors()}
+    wanted = {tensor.name: tensor for each in carried for tensor in each.layout.tensors}
+    tensors: Counter[tuple[str, str]] = Counter()
+    sizes: Counter[tuple[str, str]] = Counter()
+    for name, tensor in wanted.items():
+        pair = (stored.get(name, "block amax"), tensor.dtype)
+        tensors[pair] += 1
+        sizes[pair] += math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+    return [Conversion(*pair, tensors[pair], sizes[pair]) for pair in sorted(tensors)]
+
+
+def _bytes(layout: TargetLayout) -> int:
+    return sum(target.numel * ITEM_BYTES[target.dtype] for target in layout.targets)
