@@ -16,6 +16,10 @@ COMMANDS = {"inspect": "plan a push from a model's config and two meshes, and co
 """Each has a module of its name in `weightsync.commands`, with a click command called `command`."""
 
 
+class _WrongQuestion(click.ClickException):
+    exit_code = 2
+
+
 class _Lazy(click.Group):
     """A group that lists what it has without importing it."""
 
@@ -35,9 +39,8 @@ class _Lazy(click.Group):
         try:
             return super().invoke(ctx)
         except WeightSyncError as error:
-            failure = click.ClickException(str(error))
-            failure.exit_code = 2 if isinstance(error, ConfigError | UnsupportedLayout) else 1
-            raise failure from error
+            wrong_question = isinstance(error, ConfigError | UnsupportedLayout)
+            raise (_WrongQuestion if wrong_question else click.ClickException)(str(error)) from error
 
 
 @click.group(cls=_Lazy)

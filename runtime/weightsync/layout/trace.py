@@ -175,26 +175,11 @@ class _Recorder(TorchDispatchMode):
         if into.numel() == 0:
             return True
         source, found = self._source_of.get(_storage(view)), self.parameters.find(into)
-        if source is None and self._numbered.holds(view):
-            return self._note_numbers(into, view, found)
-        if source is None and found is None:
-            return False
-        if found is None:
-            if is_numbered(self.sources[source]):
-                self._numbered.receive(into)
-                return False
-            raise UnsupportedLayout(
-                f"{source} is copied into a tensor {list(into.shape)} that is no parameter (a buffer or a scratch "
-                "tensor): it cannot be written remotely"
-            )
-        name, offset = found
         if source is None:
-            origin = "computed from other tensors" if view.device.type == "meta" else "with data of its own"
-            return self._fault(
-                name,
-                f"parameter {name} is copied from a {view.dtype} tensor {list(view.shape)} {origin}, "
-                "not from a view of a source",
-            )
+            return self._note_other(into, view, found)
+        if found is None:
+            return self._note_scratch(into, source)
+        name, offset = found
         want, have = self.parameters.targets[name].dtype, self.sources[source].dtype
         if (have, want) in _PRODUCIBLE and want == _dtype(into) and have == _dtype(view):
             self._want(source, want)
@@ -211,12 +196,31 @@ class _Recorder(TorchDispatchMode):
         )
         return True
 
-    def _note_numbers(self, into: Tensor, view: Tensor, found: tuple[str, int] | None) -> bool:
-        """As `_note_copy`, for elements of block scales that the loader gathered or repeated."""
-        if found is None:
+    def _note_scratch(self, into: Tensor, source: str) -> bool:
+        """As `_note_copy`, for a source that is copied into a tensor which is no parameter."""
+        if is_numbered(self.sources[source]):
             self._numbered.receive(into)
             return False
+        raise UnsupportedLayout(
+            f"{source} is copied into a tensor {list(into.shape)} that is no parameter (a buffer or a scratch "
+            "tensor): it cannot be written remotely"
+        )
+
+    def _note_other(self, into: Tensor, view: Tensor, found: tuple[str, int] | None) -> bool:
+        """As `_note_copy`, for a view of no source: block scales that the loader gathered, or what it computed."""
+        numbers = self._numbered.holds(view)
+        if found is None:
+            if numbers:
+                self._numbered.receive(into)
+            return False
         name, offset = found
+        if not numbers:
+            origin = "computed from other tensors" if view.device.type == "meta" else "with data of its own"
+            return self._fault(
+                name,
+                f"parameter {name} is copied from a {view.dtype} tensor {list(view.shape)} {origin}, "
+                "not from a view of a source",
+            )
         want = self.parameters.targets[name].dtype
         if not want == _dtype(into) == _dtype(view):
             return self._fault(name, f"parameter {name} is {want}, but its scales are copied as {_dtype(view)}")
