@@ -17,8 +17,9 @@ from typing import Any
 
 from weightsync.errors import WeightSyncError
 from weightsync.inspection.checkpoint import FORMATS, Checkpoint, read_checkpoint
+from weightsync.inspection.figures import sampled
 from weightsync.inspection.report import Inspection
-from weightsync.inspection.run import Question, conclude, sampled, trace
+from weightsync.inspection.run import Question, conclude, trace
 from weightsync.inspection.tracing import Refusal
 from weightsync.layout.meshes import EngineMesh, TrainerMesh
 

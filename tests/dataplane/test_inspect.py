@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 from tests.fixtures.models import make_tiny_qwen3_moe_of_blocks, quantize_checkpoint
 from weightsync.cli import main
 from weightsync.inspection.checkpoint import read_checkpoint
-from weightsync.inspection.figures import Spread, count
-from weightsync.inspection.run import sampled
+from weightsync.inspection.figures import Spread, count, sampled
 from weightsync.layout.meshes import EngineMesh, Parameter, TrainerMesh
 from weightsync.layout.records import Copy, SourceTensor, Target, TargetLayout
 

@@ -271,7 +271,5 @@ def test_fused_experts_of_another_shape_are_refused(shape: tuple[int, ...], matc
 
 
 def test_an_unknown_model_type_is_refused_with_those_that_are_known() -> None:
-    with pytest.raises(
-        UnsupportedLayout, match="model_type 'gpt_oss' has no mapping; known are .*llama.*qwen3_moe"
-    ):
+    with pytest.raises(UnsupportedLayout, match=r"model_type 'gpt_oss' has no mapping; known are .*llama.*qwen3_moe"):
         family_of({"model_type": "gpt_oss"})

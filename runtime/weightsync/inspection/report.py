@@ -55,23 +55,25 @@ class Inspection:
             f"push       {self.trainer} ({self.trainer_ranks} ranks) -> {self.engine} ({self.engine_ranks} ranks), {self.format}",
         ]
         if self.figures is not None:
-            return "\n".join([*lines, *_figures(self.figures, self.fabric_gbps, self.traced_with)])
+            return "\n".join([*lines, *_figures(self.figures, self.trainer_ranks, self.fabric_gbps, self.traced_with)])
         if self.refusal is not None:
             who = "vLLM refuses" if self.refusal.kind == "refused" else "vLLM's loader cannot be followed"
             return "\n".join([*lines, f"no plan    {who} (rank {self.refusal.rank}): {self.refusal.message}"])
         return "\n".join([*lines, f"no plan    {self.no_plan}"])
 
 
-def _figures(figures: Figures, fabric_gbps: float, traced_with: Mapping[str, str]) -> list[str]:
+def _figures(figures: Figures, trainer_ranks: int, fabric_gbps: float, traced_with: Mapping[str, str]) -> list[str]:
     traced, ranks = len(figures.engine_ranks_traced), figures.engine_ranks
     some = "" if traced == ranks else f" (a mean, estimated from {traced} of {ranks} engine ranks)"
+    received = _size(figures.engine_bytes_received)
+    about = "about " * (len(figures.trainer_ranks_counted) < trainer_ranks)
     arena = _size(figures.trainer_arena_bytes)
     each = _bytes(figures.mean_write_bytes)
     lines = [
         f"coverage   proved: {figures.covered_elements} elements of {traced} of {ranks} engine ranks, each written once "
         f"({figures.padding_elements} of them padding)",
         f"trainer    a rank sends {_size(figures.trainer_bytes_sent)}{some} and needs {arena} of arena",
-        f"engine     a rank receives {_size(figures.engine_bytes_received)} in {_count(figures.writes_an_engine_rank)} writes",
+        f"engine     a rank receives {received} in {about}{_count(figures.writes_an_engine_rank)} writes",
         f"writes     {_count(figures.writes_a_peer)} from a trainer rank to an engine rank, {each} each on average",
     ]
     lines += [

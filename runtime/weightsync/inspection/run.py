@@ -8,7 +8,7 @@ from pathlib import Path
 
 from weightsync.errors import PlanError
 from weightsync.inspection.checkpoint import Checkpoint, read_checkpoint
-from weightsync.inspection.figures import count
+from weightsync.inspection.figures import count, sampled
 from weightsync.inspection.report import Inspection
 from weightsync.inspection.tracing import RankTrace, Refusal, trace_ranks
 from weightsync.layout.meshes import EngineMesh, TrainerMesh
@@ -79,10 +79,3 @@ def conclude(
     except PlanError as error:
         return dataclasses.replace(found, no_plan=str(error))
     return dataclasses.replace(found, figures=figures)
-
-
-def sampled(ranks: int, wanted: int | None) -> Sequence[int]:
-    """All ranks, or that many spread evenly from the first to the last."""
-    if wanted is None or wanted >= ranks:
-        return range(ranks)
-    return sorted({round(i * (ranks - 1) / max(wanted - 1, 1)) for i in range(wanted)})
