@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from tests.fixtures.models import make_tiny_qwen3_moe_of_blocks, quantize_checkp
 from weightsync.cli import main
 from weightsync.inspection.checkpoint import read_checkpoint
 from weightsync.inspection.figures import Spread, count, sampled
+from weightsync.inspection.run import trace
+from weightsync.inspection.tracing import Refusal
 from weightsync.layout.meshes import EngineMesh, Parameter, TrainerMesh
 from weightsync.layout.records import Copy, SourceTensor, Target, TargetLayout
 
@@ -94,6 +97,25 @@ def test_scales_that_vllm_refines_for_a_rank_without_whole_blocks_are_planned(tm
     assert [c["tensors"] for c in found["figures"]["conversions"] if c["wanted"] == "float8_e4m3fn"] == [
         2 * (3 * 128 + 4)
     ]
+
+
+@pytest.mark.vllm
+@pytest.mark.failure_mode(8)
+def test_every_copy_of_a_redundant_expert_is_a_target(tmp_path: Path) -> None:
+    """Four experts and two more copies of the first two, over two ranks: both ranks' three are written from the checkpoint's four.
+
+    A trace that knew each expert's place once would leave the copies out, and prove nothing covered.
+    """
+    model = read_checkpoint(make_tiny_qwen3_moe_of_blocks(tmp_path))
+    traces = trace(model, EngineMesh(tensor=2, expert_parallel=True, redundant_experts=2), "bf16", [0, 1])
+    assert not isinstance(traces, Refusal), traces
+    written: Counter[int] = Counter()
+    for each in traces.values():
+        assert each.faults == {}
+        target = next(t for t in each.layout.targets if t.name == "model.layers.0.mlp.experts.routed_experts.w2_weight")
+        assert target.shape[0] == 3
+        written.update(int(c.source.split(".")[5]) for c in each.layout.copies if c.target == target.name)
+    assert written == {0: 2, 1: 2, 2: 1, 3: 1}
 
 
 @pytest.mark.vllm

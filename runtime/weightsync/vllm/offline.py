@@ -18,7 +18,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 from unittest import mock
@@ -190,12 +190,7 @@ def _engine_config(job: Job) -> Any:
     from vllm.engine.arg_utils import EngineArgs
 
     _admit_fp8()
-    expert_balance: Mapping[str, Any] = (
-        dict(enable_eplb=True, eplb_config={"num_redundant_experts": job.redundant_experts})
-        if job.redundant_experts
-        else {}
-    )
-    return EngineArgs(
+    config = EngineArgs(
         model=job.model,
         skip_tokenizer_init=True,
         enforce_eager=True,
@@ -205,8 +200,12 @@ def _engine_config(job: Job) -> Any:
         data_parallel_size=job.data_parallel,
         enable_expert_parallel=job.expert_parallel,
         distributed_executor_backend="external_launcher",
-        **expert_balance,
     ).create_engine_config()
+    if job.redundant_experts:
+        # vLLM balances experts on GPUs only and refuses the arguments elsewhere; layouts are the same.
+        config.parallel_config.enable_eplb = True
+        config.parallel_config.eplb_config.num_redundant_experts = job.redundant_experts
+    return config
 
 
 def _admit_fp8() -> None:
