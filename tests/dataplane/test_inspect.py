@@ -239,3 +239,13 @@ def test_sampled_ranks_reach_from_the_first_to_the_last() -> None:
     assert list(sampled(8, None)) == list(range(8)) == list(sampled(8, 8))
     assert list(sampled(32, 3)) == [0, 16, 31]
     assert list(sampled(32, 1)) == [0]
+
+
+@pytest.mark.failure_mode(9)
+def test_a_buffer_that_the_checkpoint_keeps_is_offered_in_its_own_dtype(tmp_path: Path) -> None:
+    """DeepSeek's router bias: in the config's bf16, a conversion would be counted that nobody makes."""
+    model = read_checkpoint(two_layers("deepseek-v3", tmp_path, first_k_dense_replace=1))
+    dtypes = {source.name: source.dtype for source in model.sources("bf16")}
+    assert dtypes.pop("model.layers.1.mlp.gate.e_score_correction_bias") == "float32"
+    assert set(dtypes.values()) == {"bfloat16"}
+    assert {"model.layers.1.mlp.experts.255.down_proj.weight", "model.layers.0.mlp.up_proj.weight"} <= dtypes.keys()

@@ -169,7 +169,9 @@ def _module_tensors(config: Mapping[str, Any]) -> list[tuple[str, tuple[int, ...
         try:
             known = AutoConfig.from_pretrained(folder)
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(known)
+                model = AutoModelForCausalLM.from_config(
+                    known, dtype=torch.float32
+                )  # buffers as a checkpoint keeps them
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"transformers builds no {config['model_type']} of this config.json: {error}") from error
     saved = model.state_dict().keys()
