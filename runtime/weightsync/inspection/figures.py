@@ -69,7 +69,7 @@ class Figures:
     engine_ranks_traced: Sequence[int]
     engine_ranks: int
     trainer_bytes_sent: Spread
-    """A trainer rank's egress into all engine ranks; a mean where not all of them were traced."""
+    """A trainer rank's egress into all engine ranks; an estimate where not all of them were traced."""
     trainer_arena_bytes: Spread
     """Memory for converted weights."""
     trainer_held_elements: Spread
@@ -109,6 +109,7 @@ def count(
     direct = {rank: _without_modules(layout, faults) for rank, layout in layouts.items()}
     carried = _carried(parameters, sources, trainer, direct.values(), whole=len(layouts) == engine.ranks)
     most_runs = max(map(_runs, direct.values()))
+    arenas = [each.arena_bytes for each in carried]
     counted = sampled(trainer.ranks, max(1, trainer.ranks * EXPANDED // max(most_runs, EXPANDED)))
     writes = np.zeros((len(counted), len(direct)), dtype=np.int64)
     sent = np.zeros((trainer.ranks, len(direct)), dtype=np.int64)
@@ -121,8 +122,8 @@ def count(
         padding_elements=sum(fill.numel for layout in direct.values() for fill in layout.fills),
         engine_ranks_traced=tuple(layouts),
         engine_ranks=engine.ranks,
-        trainer_bytes_sent=_egress(sent, engine.ranks),
-        trainer_arena_bytes=Spread.of([each.arena_bytes for each in carried]),
+        trainer_bytes_sent=_egress(sent, engine.ranks, arenas),
+        trainer_arena_bytes=Spread.of(arenas),
         trainer_held_elements=Spread.of(
             [sum(len(trainer.held(p, r)) for p in parameters) for r in range(trainer.ranks)]
         ),
@@ -182,12 +183,15 @@ def _without_modules(layout: TargetLayout, faults: Mapping[str, str]) -> TargetL
     )
 
 
-def _egress(sent: np.ndarray, engine_ranks: int) -> Spread:
-    """sent: [trainer ranks, traced engine ranks] bytes."""
+def _egress(sent: np.ndarray, engine_ranks: int, arenas: Sequence[int]) -> Spread:
+    """sent: [trainer ranks, traced engine ranks] bytes.
+
+    Of engine ranks that were not traced, each trainer rank sends in proportion to what it carries.
+    """
     if sent.shape[1] == engine_ranks:
         return Spread.of(sent.sum(1))
-    mean = round(sent.sum() / sent.shape[1] * engine_ranks / len(sent))
-    return Spread(mean, mean, mean)
+    total = float(sent.sum()) / sent.shape[1] * engine_ranks
+    return Spread.of(np.array(arenas) * (total / sum(arenas)))
 
 
 def _conversions(parameters: Sequence[Parameter], carried: Sequence[Carried]) -> list[Conversion]:

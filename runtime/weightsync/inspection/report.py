@@ -64,7 +64,7 @@ class Inspection:
 
 def _figures(figures: Figures, trainer_ranks: int, fabric_gbps: float, traced_with: Mapping[str, str]) -> list[str]:
     traced, ranks = len(figures.engine_ranks_traced), figures.engine_ranks
-    some = "" if traced == ranks else f" (a mean, estimated from {traced} of {ranks} engine ranks)"
+    some = "" if traced == ranks else f" (estimated from {traced} of {ranks} engine ranks)"
     received = _size(figures.engine_bytes_received)
     about = "about " * (len(figures.trainer_ranks_counted) < trainer_ranks)
     arena = _size(figures.trainer_arena_bytes)
@@ -100,9 +100,8 @@ def _figures(figures: Figures, trainer_ranks: int, fabric_gbps: float, traced_wi
 
 
 def _size(spread: Spread) -> str:
-    if spread.least == spread.most:
-        return _bytes(spread.most)
-    return f"{_bytes(spread.least)} to {_bytes(spread.most)}"
+    least, most = _bytes(spread.least), _bytes(spread.most)
+    return most if least == most else f"{least} to {most}"
 
 
 def _count(spread: Spread) -> str:
