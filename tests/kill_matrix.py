@@ -84,7 +84,8 @@ class Outcome:
     """How the push that was hit ended on the living ranks."""
     seconds: float = 0.0
     answers: int = 0
-    longest_attempt_s: float = 0.0
+    longest_wait_s: float = 0.0
+    """Of a trainer rank, within one attempt."""
 
 
 class Run:
@@ -94,7 +95,7 @@ class Run:
         self._fleet, self._cell = fleet, cell
         self._hit_at = 0.0
         self._restored = False
-        self._attempts: list[float] = []
+        self._attempts = 0
         self.outcome = Outcome(cell.actor, cell.phase, cell.signal, fleet.contract.transfer.pause_mode)
 
     def run(self) -> Outcome:
@@ -106,7 +107,7 @@ class Run:
             if self._cell.phase == "after":
                 self._push()
             self._push_and_hit()
-            self._restore()
+            self._wait_restored()
             self._wait_gang()
             self._push()
             self._wait_serving("after the next push")
@@ -132,7 +133,7 @@ class Run:
                 gate.open()
         heard = self._hear_ranks(until_first_failure=cell.signal == "kill" and cell.actor.startswith("trainer"))
         words = {"committed" if "report" in answer else answer["error"] for answer in heard}
-        self.outcome.push = f"{', '.join(sorted(words)) or 'given up'}, {len(self._attempts)} attempts"
+        self.outcome.push = f"{', '.join(sorted(words)) or 'given up'}, {self._attempts} attempts"
 
     def _hit(self) -> None:
         self._hit_at = time.monotonic()
@@ -181,8 +182,11 @@ class Run:
                 if answer is None and not rank.alive:
                     self._note_end(rank)
                     del waiting[name]
+                elif answer is not None and "waited_s" in answer:
+                    self._note_wait(name, answer["waited_s"])
                 elif answer is not None and "attempt_s" in answer:
-                    self._note_attempt(name, answer["attempt_s"])
+                    self._attempts += 1
+                    self._note_wait(name, answer["attempt_s"])
                     if until_first_failure:
                         del waiting[name]  # the other rank is dead: the cluster ends this one, too
                 elif answer is not None:
@@ -191,11 +195,10 @@ class Run:
             time.sleep(0.01)
         return heard
 
-    def _note_attempt(self, name: str, seconds: float) -> None:
+    def _note_wait(self, name: str, seconds: float) -> None:
         if self._cell.signal == "stop" and self._cell.actor == name:
             return
-        self._attempts.append(seconds)
-        self.outcome.longest_attempt_s = max(self.outcome.longest_attempt_s, round(seconds, 2))
+        self.outcome.longest_wait_s = max(self.outcome.longest_wait_s, round(seconds, 2))
         if seconds > TIMEOUT_S + LATE_S:
             self.outcome.faults.append(f"{name} waited {seconds:.1f} s in a push of {TIMEOUT_S:.0f} s")
 
@@ -222,6 +225,12 @@ class Run:
         if self._restored and server.process is not None and server.process.poll() is not None:
             with contextlib.suppress(RuntimeError):  # it ends when its Redis is not there yet
                 server.start()
+
+    def _wait_restored(self) -> None:
+        """Until what was hit runs again: a push may have ended long before."""
+        while not self._restored:
+            self._supervise()
+            time.sleep(0.01)
 
     def _restore(self) -> None:
         """Undo the hit, once."""

@@ -32,6 +32,8 @@ LEARN_S = 15.0
 """ModelExpress gets so long to know a member that the ledger lists."""
 APPLY_S = 5.0
 """Replicas get so long after a commit to say that they serve it; only the account waits for it, not the commit."""
+ACCOUNT_S = 1.0
+"""The account comes so long after the deadline at the latest: the other ranks wait GRACE_S for it."""
 OPEN_WORKERS = 64
 
 
@@ -122,9 +124,9 @@ class Coordinator:
             votes = {}
             if isinstance(error, ConversionError):  # no later attempt sends these weights
                 with suppress(PushAborted):
-                    self._account(record, verdict, votes, phases, started)
+                    self._account(record, verdict, votes, phases, started, deadline)
                 raise
-        return self._account(record, verdict, votes, phases, started)
+        return self._account(record, verdict, votes, phases, started, deadline)
 
     def _carry_out(
         self, record: PushRecord, members: Mapping[str, Member], deadline: Deadline, phases: _Phases
@@ -237,12 +239,13 @@ class Coordinator:
         votes: Mapping[tuple[str, int], Vote],
         phases: _Phases,
         started: float,
+        deadline: Deadline,
     ) -> PushSummary:
         """Tell the ledger how the push went, whichever way; raises PushAborted when it was not committed."""
         applied: dict[str, Applied] = {}
         if verdict.decision is Decision.COMMIT:
             with phases.phase("commit"):
-                applied = self._wait_applied(record)
+                applied = self._wait_applied(record, deadline)
         reports = self._ledger.writer_reports(record.push_id)
         summary = _summary(record, verdict, votes, applied, reports, phases.seconds, time.monotonic() - started)
         self._ledger.report_summary(record.push_id, dataclasses.replace(summary, finished_at=self._ledger.now()))
@@ -250,13 +253,14 @@ class Coordinator:
             raise PushAborted(f"version {record.version} (push {record.push_id}): {verdict.reason}")
         return summary
 
-    def _wait_applied(self, record: PushRecord) -> dict[str, Applied]:
+    def _wait_applied(self, record: PushRecord, deadline: Deadline) -> dict[str, Applied]:
         def fetch() -> dict[str, Applied] | None:
             applied = self._ledger.applied(record.push_id)
             return applied if len(applied) == len(record.members) else None
 
         try:
-            return wait_until(fetch, deadline=Deadline(APPLY_S), what="replicas have not said that they serve")
+            patience = Deadline(min(APPLY_S, max(deadline.left_s, 0.0) + ACCOUNT_S))
+            return wait_until(fetch, deadline=patience, what="replicas have not said that they serve")
         except DeadlineExceeded as error:
             logger.warning("push %s is committed, but %s", record.push_id, error)
             return self._ledger.applied(record.push_id)

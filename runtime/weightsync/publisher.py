@@ -149,8 +149,7 @@ class Publisher:
                     logger.warning("attempt %d of %d to push step %d: %s", attempt, ATTEMPTS, step, error)
                     if attempt == ATTEMPTS:
                         raise
-                    if self._coordinator is not None:  # the other ranks wait for it
-                        time.sleep(ATTEMPT_PAUSE_S * 2 ** (attempt - 1))
+                    time.sleep(ATTEMPT_PAUSE_S * 2 ** (attempt - 1))  # all ranks alike: none may wait for rank 0's pause
                     break
         raise AssertionError("the last attempt returns or raises")
 
@@ -242,6 +241,8 @@ class Publisher:
         return True if reached else None
 
     def _outcome(self, record: PushRecord, deadline: Deadline) -> PushSummary:
+        """How the push ended, from rank 0's account. Without one the ledger's decision counts: a commit is one all the same."""
+
         def fetch() -> PushSummary | None:
             summary = self._ledger.summary(record.push_id)
             if summary is None:
@@ -249,7 +250,16 @@ class Publisher:
             return summary
 
         patience = Deadline(max(deadline.left_s, 0.0) + GRACE_S)
-        summary = wait_until(fetch, deadline=patience, what=f"push {record.push_id}: rank 0 has not told how it ended")
+        try:
+            summary = wait_until(
+                fetch, deadline=patience, what=f"push {record.push_id}: rank 0 has not told how it ended"
+            )
+        except (DeadlineExceeded, PushAborted) as error:
+            verdict = self._ledger.decision(record.push_id)
+            if verdict is None or verdict.decision is not Decision.COMMIT:
+                raise
+            logger.warning("push %s is committed, without an account: %s", record.push_id, error)
+            return _unaccounted(record)
         if summary.outcome != Decision.COMMIT:
             raise PushAborted(f"version {record.version} (push {record.push_id}): {summary.reason}")
         return summary
@@ -370,6 +380,19 @@ def _config_of(model: torch.nn.Module) -> dict[str, Any]:
             f"{type(model).__name__} has no Hugging Face `config`: it names the family that maps parameters to the checkpoint"
         )
     return config.to_dict()
+
+
+def _unaccounted(record: PushRecord) -> PushSummary:
+    """What is known of a committed push whose coordinator has not told more."""
+    return PushSummary(
+        push_id=record.push_id,
+        epoch=record.epoch,
+        version=record.version,
+        step=record.step,
+        outcome=Decision.COMMIT,
+        catch_up=record.catch_up,
+        replicas=sorted(record.members),
+    )
 
 
 def _report(summary: PushSummary) -> PushReport:

@@ -30,8 +30,9 @@ from weightsync.waiting import Deadline
 logger = logging.getLogger(__name__)
 
 TRANSFER_POLL_S = 0.0005
-GRACE_S = 10.0
-"""After the deadline a transfer gets so long to become terminal; then only the end of this process stops it."""
+GRACE_S = 1.5
+"""After the deadline a transfer gets so long to become terminal; then only the end of this process stops it. Whoever waits for
+another rank's word on a push gives it as much: no wait outlives the deadline by 2 s."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +201,7 @@ class Writer:
     def _end_process(self, stuck: Sequence[Transfer], push_id: str) -> None:
         peers = ", ".join(transfer.peer for transfer in stuck[:5])
         logger.critical(
-            "push %s: %d transfers in flight %.0f s after the deadline, to %s; ending this process: nothing else stops them",
+            "push %s: %d transfers in flight %.1f s after the deadline, to %s; ending this process: nothing else stops them",
             push_id,
             len(stuck),
             GRACE_S,
