@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.dataplane.slot_makers import deliver, engine, fill_all, fp8_engine, same, shard
 from weightsync.conversion import fp8
 from weightsync.errors import ConversionError, PlanError, UnsupportedLayout
-from weightsync.layout.forms import SCALE_SUFFIX, carry
+from weightsync.layout.forms import ALIGN_BYTES, SCALE_SUFFIX, carry
 from weightsync.layout.records import Holding, SourceLayout, SourceTensor, TargetLayout
 from weightsync.plan import make_plan
 from weightsync.slots import SlotArena
@@ -139,15 +139,10 @@ def test_slots_do_not_overlap_and_are_aligned() -> None:
         carried = carry(local.layout(rank), wanted)
         spans = []
         for slot in carried.slots:
-            spans.append((slot.offset_bytes, slot.offset_bytes + slot.numel))
+            assert slot.offset_bytes % ALIGN_BYTES == 0
             assert slot.scales is not None
-            spans.append(
-                (
-                    slot.scales.local_offset * 4,
-                    slot.scales.local_offset * 4 + (slot.scales.stop - slot.scales.start) * 4,
-                )
-            )
+            first, length = slot.scales.local_offset * 4, (slot.scales.stop - slot.scales.start) * 4
+            spans += [(slot.offset_bytes, slot.offset_bytes + slot.numel), (first, first + length)]
         spans.sort()
-        assert all(start % 256 == 0 for start, _ in spans)
         assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(spans))
         assert spans[-1][1] <= carried.arena_bytes

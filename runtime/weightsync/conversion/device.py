@@ -1,4 +1,4 @@
-"""A rank's whole conversion on its GPU: one launch for all FP8 blocks, one for all casts, one look at what went wrong.
+"""A group's conversion on its GPU: one launch for all FP8 blocks, one for all casts, one look at what went wrong.
 
 Prepared once for the same memory and used each push. Imports torch and Triton.
 """
@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from weightsync.conversion.kernels import Fp8Group, Job
-from weightsync.errors import ConversionError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cast:
-    """Elements that become bf16 or fp32. source and out: [n] each."""
+    """Elements that become bf16 or fp32. source and out: of one shape; the source any view, the output contiguous."""
 
     name: str
     source: Tensor
@@ -26,7 +25,7 @@ class Cast:
 
 
 class DeviceConversion:
-    """All of one arena's slots.
+    """All slots of one group.
 
     blocks: (tensor's name, job) of each FP8 slot; casts: the others.
     """
@@ -43,16 +42,16 @@ class DeviceConversion:
         ]
 
     def run(self) -> None:
-        """Convert on the current stream. Raises ConversionError naming tensors with an infinity or a NaN; waits for the device."""
+        """Launch on the current stream; waits for nothing."""
         for group, _ in self._groups:
             group.faults.zero_()
             group.convert()
         if self._casts:
             outs = [cast.out for cast in self._casts]
             torch._foreach_copy_(outs, [_rounded(cast) for cast in self._casts])  # pyright: ignore[reportPrivateImportUsage]
-        self._refuse_faults()
 
-    def _refuse_faults(self) -> None:
+    def faulty(self) -> list[str]:
+        """Names of tensors in which the last run met an infinity or a NaN. Waits for the device."""
         flags = [group.faults for group, _ in self._groups]
         names = [name for _, of_group in self._groups for name in of_group]
         if self._casts:
@@ -61,11 +60,7 @@ class DeviceConversion:
             flags.append((~torch.isfinite(torch.stack([norm.float() for norm in norms]))).int())
             names += [cast.name for cast in self._casts]
         bad = torch.cat(flags).nonzero().flatten().tolist() if flags else []
-        if bad:
-            raise ConversionError(
-                f"{len(bad)} tensors have an infinity or a NaN, such as {', '.join(sorted(names[i] for i in bad)[:5])}: the "
-                "optimizer step diverged; nothing was pushed"
-            )
+        return [names[i] for i in bad]
 
 
 def _rounded(cast: Cast) -> Tensor:

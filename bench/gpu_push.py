@@ -1,0 +1,384 @@
+"""Pushes between processes on one or two GPUs through the product's writer, arena, plan and digests; bytes checked there.
+
+One trainer process that holds the whole model, one process an engine rank, NIXL between them. The rendezvous is a pipe: what is
+measured is the data path. `bench.gpu` calls `pushes`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from bench.shapes import Engine, trainer_parameters
+from weightsync.conversion import fp8
+from weightsync.layout.families import qwen3_moe
+from weightsync.layout.forms import FP8, SCALE_SUFFIX
+from weightsync.layout.records import TargetLayout
+from weightsync.layout.shards import sources_of
+from weightsync.meter import TensorMeter
+from weightsync.rendezvous.fencing import Notification
+from weightsync.rendezvous.modelexpress import EngineDescriptor, RemoteTensor
+from weightsync.rendezvous.records import PushRecord
+from weightsync.slots import SlotArena
+from weightsync.transport import Agent, Region, Transfer
+from weightsync.waiting import Deadline
+from weightsync.writer import Writer
+
+RUNS = 7
+TIMEOUT_S = 120.0
+NAIVE_WRITE_BYTES = 1 << 20
+NAIVE_WINDOW = 100
+"""Handles that the naive way keeps in flight before it drains them."""
+UCX_TLS = "cuda_ipc,cuda_copy,sm,tcp,self"
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One fleet to push to."""
+
+    what: str
+    engines: tuple[Engine, ...]
+    engine_device: int = 0
+    staged: bool = False
+    """Whether the engine also commits from staging memory, which takes that much memory more."""
+
+
+def pushes(case: Case, *, copy_gbps: float, group_bytes: int) -> list[Row]:
+    """All rows of one fleet. copy_gbps: payload of a plain copy between the same devices."""
+    context = mp.get_context("spawn")
+    pipes, processes = [], []
+    for number, engine in enumerate(case.engines):
+        ours, theirs = context.Pipe()
+        process = context.Process(
+            target=_engine, args=(theirs, engine, number, case.engine_device, copy_gbps, case.staged), daemon=True
+        )
+        process.start()
+        pipes.append(ours)
+        processes.append(process)
+    try:
+        with _Trainer(case, pipes, group_bytes) as trainer:
+            return [row | {"fleet": case.what} for row in trainer.rows(copy_gbps)]
+    finally:
+        for pipe in pipes:
+            pipe.send(("end",))
+        for process in processes:
+            process.join(TIMEOUT_S)
+
+
+class _PipeRendezvous:
+    """What ModelExpress gives a writer: the descriptors that engines published."""
+
+    def __init__(self, descriptors: dict[int, EngineDescriptor]) -> None:
+        self._descriptors = descriptors
+
+    def fetch(self, replica: str, incarnation: str, rank: int, *, deadline: float) -> EngineDescriptor:
+        return self._descriptors[rank]
+
+
+class _Trainer:
+    """One trainer rank that holds the whole model, and its writer."""
+
+    def __init__(self, case: Case, pipes: list[Any], group_bytes: int) -> None:
+        self._case, self._pipes = case, pipes
+        device = torch.device("cuda", 0)
+        torch.cuda.set_device(device)
+        parameters = trainer_parameters(case.engines[0].layers, device, distinct=DISTINCT)
+        local = sources_of(parameters.items(), qwen3_moe)
+        self._slots = SlotArena(
+            rank=0, local=local, layouts=[local.layout(0)], format_="auto", agree=_alone, group_bytes=group_bytes
+        )
+        self._agent = Agent("trainer")
+        descriptors = {rank: hear(pipe) for rank, pipe in enumerate(pipes)}
+        rendezvous: Any = _PipeRendezvous(descriptors)
+        self._writer = Writer(rank=0, agent=self._agent, slots=self._slots, rendezvous=rendezvous)
+        started = time.perf_counter()
+        word = "+".join(str(rank) for rank in range(len(pipes)))
+        self._plans = self._writer.learn({"r": word}, Deadline(TIMEOUT_S), catch_up=False)
+        self._plan_s = time.perf_counter() - started
+        self._word, self._version = word, 0
+
+    def __enter__(self) -> _Trainer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+        self._agent.close()
+
+    def rows(self, copy_gbps: float) -> list[Row]:
+        payload = self._payload_bytes()
+        convert_s = wall(self._slots.fill)
+        measure_s = wall(lambda: (self._writer._partials.clear(), self._writer.measure(self._record())))
+        wire_s = self._timed(lambda record: self._writer.write(record, Deadline(TIMEOUT_S)))
+        both_s = self._timed(lambda record: self._writer.convert_and_write(record, Deadline(TIMEOUT_S)))
+        equal = self._check()
+        base = {"bytes": payload, "groups": len(self._slots.groups), "learn_seconds": self._plan_s}
+        rows = [
+            _row("wire alone, prepared transfers", payload, wire_s, copy_gbps) | base | equal,
+            _row("convert alone", payload, convert_s, copy_gbps),
+            _row("writer's digests alone", payload, measure_s, copy_gbps),
+            _row("convert, digest and wire, group by group", payload, both_s, copy_gbps)
+            | {"over_the_longest": both_s / max(convert_s, wire_s)},
+            self._naive(payload, copy_gbps),
+        ]
+        rows += [row for pipe in self._pipes for row in ask(pipe, "rows")]
+        return [*rows, self._memory()]
+
+    def _record(self) -> PushRecord:
+        self._version += 1
+        return PushRecord(
+            push_id=f"1.{self._version}.1",
+            session="bench",
+            epoch=1,
+            version=self._version,
+            attempt=1,
+            step=0,
+            catch_up=False,
+            deadline_at=0.0,
+            writers=1,
+            plan_digests=self._plans,
+            members={"r": self._word},
+        )
+
+    def _payload_bytes(self) -> int:
+        return sum(peer.length_bytes for peer in self._writer._peers.values())
+
+    def _timed(self, push: Callable[[PushRecord], int]) -> float:
+        """Median of pushes, each until every engine has heard the last word; the first one is not counted."""
+        times = []
+        for _ in range(RUNS + 1):
+            record = self._record()
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            push(record)
+            for pipe in self._pipes:
+                assert hear(pipe) == record.version
+            times.append(time.perf_counter() - started)
+        return sorted(times[1:])[RUNS // 2]
+
+    def _check(self) -> Row:
+        """Engines compare digests with the writer's and bytes with their own conversion of the same weights."""
+        found = [ask(pipe, "check") for pipe in self._pipes]
+        return {"digests_equal": all(f["digests"] for f in found), "bytes_equal": all(f["bytes"] for f in found)}
+
+    def _naive(self, payload: int, copy_gbps: float) -> Row:
+        """Convert tensor by tensor with torch, all of them; then one handle a write of at most a MiB, drained by 100."""
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for slot in self._slots._mine.slots:
+            if slot.scales is not None:
+                naive_fp8(self._slots._source(slot))
+        torch.cuda.synchronize()
+        converted = time.perf_counter()
+        window: list[Transfer] = []
+        for peer, local, there in self._regions():
+            for offset in range(0, local.length_bytes, NAIVE_WRITE_BYTES):
+                length = min(NAIVE_WRITE_BYTES, local.length_bytes - offset)
+                parts = [
+                    dataclasses.replace(region, address=region.address + offset, length_bytes=length)
+                    for region in (local, there)
+                ]
+                window.append(self._agent.prepare(peer, parts[:1], parts[1:]))
+                window[-1].post()
+                if len(window) == NAIVE_WINDOW:
+                    _drain(window)
+        _drain(window)
+        ended = time.perf_counter()
+        row = _row("the naive way: convert all, one handle a MiB", payload, ended - started, copy_gbps)
+        return row | {"convert_seconds": converted - started}
+
+    def _regions(self) -> list[tuple[str, Region, Region]]:
+        """(agent, local, remote) of every write, as the writer prepared them."""
+        regions = []
+        for key, peer in self._writer._peers.items():
+            planned, met = self._writer._planned[peer.layout_digest], self._writer._met[key]
+            for writes in planned.writes:
+                pairs = self._writer._pairs(planned.plan, writes, met.descriptor)
+                regions += [(peer.agent_name, local, remote) for local, remote in pairs]
+        return regions
+
+    def _memory(self) -> Row:
+        arena = self._slots.buffer.nbytes
+        return {
+            "what": "memory of the trainer",
+            "arena_bytes": arena,
+            "peak_bytes": torch.cuda.max_memory_allocated(),
+            "seconds": 0.0,
+            "gbps": 0.0,
+        }
+
+
+class _EngineProcess:
+    """Live parameters of one engine rank, registered, and what an engine does with a push."""
+
+    def __init__(self, engine: Engine, number: int, device: int, copy_gbps: float, staged: bool) -> None:
+        self._engine, self._device, self._copy_gbps = engine, torch.device("cuda", device), copy_gbps
+        torch.cuda.set_device(self._device)
+        self._layout = engine.layout()
+        self._live = _parameters(self._layout, self._device)
+        self._staging = _parameters(self._layout, self._device) if staged else {}
+        self._meter = TensorMeter(self._live)
+        self._agent = Agent(f"engine-{number}")
+        self._agent.register(list(self._live.values()))
+        self.descriptor = _descriptor(self._layout, self._live, self._agent, number, device)
+        self._note: Notification | None = None
+
+    def serve(self, pipe: Any) -> None:
+        pipe.send(self.descriptor)
+        while True:
+            while not pipe.poll(0.0):
+                for (
+                    _,
+                    payload,
+                ) in self._agent.notifications():  # also makes progress, as a receiver with an open push does
+                    self._note = Notification.decode(payload)
+                    pipe.send(self._note.version)
+            match pipe.recv():
+                case ("check",):
+                    pipe.send(self._check())
+                case ("rows",):
+                    pipe.send(self._rows())
+                case _:
+                    self._agent.close()
+                    return
+
+    def _check(self) -> Row:
+        torch.cuda.synchronize()
+        assert self._note is not None
+        measured = self._meter.measure()
+        names = sorted(self._live)
+        sent = {names[index]: digest for index, digest in self._note.partial_digests.items()}
+        return {
+            "digests": sent == measured,
+            "bytes": equal_to_own_conversion(self._layout, self._live, self._engine.layers),
+        }
+
+    def _rows(self) -> list[Row]:
+        payload = sum(tensor.nbytes for tensor in self._live.values())
+        measured = wall(self._meter.measure)
+        rows = [_row("receiver's digest of live memory", payload, measured, 0.0)]
+        if self._staging:
+            live, staged = list(self._live.values()), list(self._staging.values())
+            copy_s = wall(lambda: torch._foreach_copy_(live, staged))  # pyright: ignore[reportPrivateImportUsage]
+            rows.append(_row("staged commit: copy", payload, copy_s, self._copy_gbps))
+            row = _row("staged commit: copy, and digest of live memory", payload, copy_s + measured, self._copy_gbps)
+            rows.append(row)
+        return rows
+
+
+def _engine(pipe: Any, engine: Engine, number: int, device: int, copy_gbps: float, staged: bool) -> None:
+    os.environ["UCX_TLS"] = UCX_TLS
+    _EngineProcess(engine, number, device, copy_gbps, staged).serve(pipe)
+
+
+def _parameters(layout: TargetLayout, device: torch.device) -> dict[str, torch.Tensor]:
+    """Filled with 0xff, so that what nobody writes is seen."""
+    return {
+        target.name: torch.full(
+            (target.numel * _dtype(target.dtype).itemsize,), 255, dtype=torch.uint8, device=device
+        ).view(_dtype(target.dtype))
+        for target in layout.targets
+    }
+
+
+def _descriptor(
+    layout: TargetLayout, live: dict[str, torch.Tensor], agent: Agent, number: int, device: int
+) -> EngineDescriptor:
+    tensors = {
+        name: RemoteTensor(name=name, address=t.data_ptr(), length_bytes=t.nbytes, device_id=device, dtype=str(t.dtype))
+        for name, t in live.items()
+    }
+    return EngineDescriptor(
+        replica="r",
+        incarnation=str(number),
+        rank=number,
+        agent_name=agent.name,
+        metadata=agent.metadata(),
+        tensors=tensors,
+        layout=layout.to_bytes(),
+    )
+
+
+def equal_to_own_conversion(layout: TargetLayout, live: dict[str, torch.Tensor], layers: int) -> bool:
+    """Whether memory holds, byte for byte, what the torch reference makes of the same weights here, in the loader's places."""
+    device = next(iter(live.values())).device
+    parameters = trainer_parameters(layers, device, distinct=DISTINCT)
+    pieces = {piece.name: piece for piece in sources_of(parameters.items(), qwen3_moe).pieces}
+    kinds = {source.name: source for source in layout.sources}
+    made: dict[str, torch.Tensor] = {}
+    for copy in layout.copies:
+        if copy.source not in made:
+            made.clear()
+            name = copy.source.removesuffix(SCALE_SUFFIX)
+            flat = pieces[name].flat()
+            if kinds[name].dtype == FP8:
+                values, scales = naive_fp8(flat.view(kinds[name].shape))
+                made |= {name: values.view(torch.uint8), name + SCALE_SUFFIX: scales}
+            else:
+                made[name] = flat
+        want = made[copy.source].as_strided(copy.shape, copy.source_strides, copy.source_offset)
+        memory = live[copy.target]
+        memory = memory.view(torch.uint8) if memory.dtype == torch.float8_e4m3fn else memory
+        if not torch.equal(memory.as_strided(copy.shape, copy.target_strides, copy.target_offset), want):
+            return False
+    return True
+
+
+DISTINCT = 4
+"""Layers with weights of their own; the others share them."""
+
+
+def naive_fp8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As one writes it with torch: the reference, tensor by tensor."""
+    scales = fp8.scales_of(fp8.block_amax(rows))
+    return fp8.quantize(rows, scales), scales
+
+
+def wall(run: Callable[[], object]) -> float:
+    """Median wall time, the device idle before and after."""
+    times = []
+    for _ in range(RUNS + 1):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return sorted(times[1:])[RUNS // 2]
+
+
+def ask(pipe: Any, *words: str) -> Any:
+    pipe.send(words)
+    return hear(pipe)
+
+
+def hear(pipe: Any) -> Any:
+    if not pipe.poll(TIMEOUT_S):
+        raise TimeoutError(f"an engine said nothing for {TIMEOUT_S:.0f} s")
+    return pipe.recv()
+
+
+def _drain(window: list[Transfer]) -> None:
+    for transfer in window:
+        while transfer.in_flight:
+            pass
+        transfer.release()
+    window.clear()
+
+
+def _row(what: str, payload: int, seconds: float, limit: float) -> Row:
+    rate = payload / seconds / 1e9
+    return {"what": what, "seconds": seconds, "gbps": rate} | ({"share_of_copy": rate / limit} if limit else {})
+
+
+def _alone(amax: torch.Tensor) -> torch.Tensor:
+    return amax
+
+
+def _dtype(name: str) -> torch.dtype:
+    return getattr(torch, name)
