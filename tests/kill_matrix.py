@@ -1,7 +1,7 @@
 """`python -m tests.kill_matrix`: whoever dies or freezes, whenever: nothing torn is served, no wait is late, the next push works.
 
-Hits each actor at each phase of a push, by kill -9 and by SIGSTOP with a later SIGCONT, on real processes (tests/fixtures/killable.py),
-prints the matrix and writes it as JSON. A phase is hit exactly: a gate in a test's own process holds it there meanwhile.
+Hits each actor at each phase of a push, by kill -9 and by SIGSTOP with a later SIGCONT, on real processes
+(tests/fixtures/killable.py), prints the matrix and writes it as JSON. A phase is hit exactly: a gate in a test's own process holds it there meanwhile.
 tests/dataplane/test_kill_matrix.py runs some of the cells.
 """
 
@@ -387,7 +387,9 @@ def main() -> int:
     parser.add_argument("--signal", action="append", choices=SIGNALS, help="only this way to be hit")
     parser.add_argument("--pause-mode", choices=PAUSE_MODES, default="wait", help="of transfer.pauseMode")
     parser.add_argument("--folder", type=Path, help="keep logs here; a temporary folder when left out")
-    parser.add_argument("--out", type=Path, help="JSON file of the results; bench/results/ when left out and all is run")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file of the results; bench/results/ when left out and all is run"
+    )
     options = parser.parse_args()
     cells = [
         Cell(actor, phase, signal_)
