@@ -17,7 +17,7 @@ import httpx
 
 from weightsync import verify
 from weightsync.config import Contract
-from weightsync.errors import ConversionError, DeadlineExceeded, PushAborted, WeightSyncError
+from weightsync.errors import ConversionError, DeadlineExceeded, LedgerUnavailable, PushAborted, WeightSyncError
 from weightsync.rendezvous.handshake import Applied
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.records import Member, PushRecord, Verdict, Vote, WriterReport
@@ -70,8 +70,9 @@ class Coordinator:
         Raises PushAborted with the reason, FencedOut when superseded, ConversionError naming a tensor of this rank.
         """
         deadline = Deadline(self._contract.transfer.timeout_seconds)
-        members = self._wait_members(deadline)
-        return self._run(step, sequence, members, deadline, catch_up=0)
+        with self._ledger.bounded(deadline.moment):
+            members = self._wait_members(deadline)
+            return self._run(step, sequence, members, deadline, catch_up=0)
 
     def catch_up(self, *, version: int, sequence: int, step: int) -> PushSummary | None:
         """Bring the replicas that are torn or behind to `version`, which the arenas still hold; None when all are current."""
@@ -86,7 +87,8 @@ class Coordinator:
         if not late:
             return None
         deadline = Deadline(self._contract.transfer.timeout_seconds)
-        return self._run(step, sequence, late, deadline, catch_up=version)
+        with self._ledger.bounded(deadline.moment):
+            return self._run(step, sequence, late, deadline, catch_up=version)
 
     def close(self) -> None:
         self._http.close()
@@ -227,10 +229,8 @@ class Coordinator:
     def _decide_abort(self, record: PushRecord, error: WeightSyncError) -> Verdict:
         try:
             return self._ledger.decide(record.push_id, Decision.ABORT, str(error))
-        except WeightSyncError as unreachable:
-            return Verdict(
-                decision=Decision.ABORT, reason=f"{error}; and the decision could not be told: {unreachable}"
-            )
+        except LedgerUnavailable as unreachable:  # engines abort by themselves at the deadline, and nobody can be told more
+            raise LedgerUnavailable(f"{error}; and the decision could not be told: {unreachable}") from error
 
     def _account(
         self,

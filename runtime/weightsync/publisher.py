@@ -182,9 +182,10 @@ class Publisher:
         """Take part in the coordinator's next push; catch-ups that it began meanwhile are refused, the arena has changed."""
         patience = Deadline(self._contract.transfer.timeout_seconds + GRACE_S)
         while True:
-            record = wait_until(
-                self._take_next, deadline=patience, what=f"rank 0 has not begun the push of step {step}"
-            )
+            with self._ledger.bounded(patience.moment):
+                record = wait_until(
+                    self._take_next, deadline=patience, what=f"rank 0 has not begun the push of step {step}"
+                )
             if not record.catch_up:
                 break
             self._refuse(record, "this rank holds newer weights already")
@@ -198,6 +199,10 @@ class Publisher:
     def _follow(self, record: PushRecord) -> PushSummary:
         """This rank's part of a push that rank 0 coordinates, up to its decision."""
         deadline = Deadline.at(self._ledger.deadline_to_monotonic(record.deadline_at))
+        with self._ledger.bounded(deadline.moment):
+            return self._take_part(record, deadline)
+
+    def _take_part(self, record: PushRecord, deadline: Deadline) -> PushSummary:
         try:
             check_plans(record, self._writer.learn(record.members, deadline, catch_up=record.catch_up))
             self._ledger.report_planned(record.push_id, self._rank)

@@ -336,7 +336,7 @@ class _Reception:
                 receiver._reason = faults
                 if not faults:
                     receiver._state = ReplicaState.VERIFIED
-            receiver._ledger.vote(record.push_id, vote)
+            receiver._ledger.until(self._deadline.moment).vote(record.push_id, vote)
         except WeightSyncError as error:
             # The push ends by its deadline: the coordinator misses this vote, and the ledger's decision comes by RPC.
             logger.error(

@@ -162,15 +162,16 @@ class Replica:
 
     async def _await_verdict(self, record: PushRecord, deadline: Deadline) -> Verdict:
         """The ledger's decision. At the deadline this replica asks for ABORT itself; without a ledger it assumes it."""
+        ledger = self._ledger.until(deadline.moment)
         while True:
             try:
                 if deadline.passed:
                     reason = f"{self.name}: no decision within {deadline.timeout_s:.1f} s"
-                    return await asyncio.to_thread(self._ledger.decide, record.push_id, Decision.ABORT, reason)
-                verdict = await asyncio.to_thread(self._ledger.decision, record.push_id)
+                    return await asyncio.to_thread(ledger.decide, record.push_id, Decision.ABORT, reason)
+                verdict = await asyncio.to_thread(ledger.decision, record.push_id)
                 if verdict is None:
                     reason = f"{self.name}: the ledger lost push {record.push_id}"
-                    return await asyncio.to_thread(self._ledger.decide, record.push_id, Decision.ABORT, reason)
+                    return await asyncio.to_thread(ledger.decide, record.push_id, Decision.ABORT, reason)
                 if verdict.decision is not Decision.OPEN:
                     return verdict
             except LedgerUnavailable as error:
