@@ -7,6 +7,7 @@ measured is the data path. `bench.gpu` calls `pushes`.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import time
 from collections.abc import Callable
@@ -64,12 +65,16 @@ def pushes(case: Case, *, copy_gbps: float, group_bytes: int) -> list[Row]:
         processes.append(process)
     try:
         with _Trainer(case, pipes, group_bytes) as trainer:
-            return [row | {"fleet": case.what} for row in trainer.rows(copy_gbps)]
+            rows = [row | {"fleet": case.what} for row in trainer.rows(copy_gbps)]
+        del trainer
+        return rows
     finally:
         for pipe in pipes:
             pipe.send(("end",))
         for process in processes:
             process.join(TIMEOUT_S)
+        gc.collect()  # the trainer is in cycles, and its memory is the next case's
+        torch.cuda.empty_cache()
 
 
 class _PipeRendezvous:
@@ -112,6 +117,7 @@ class _Trainer:
         self._agent.close()
 
     def rows(self, copy_gbps: float) -> list[Row]:
+        torch.cuda.reset_peak_memory_stats()
         payload = self._payload_bytes()
         convert_s = wall(self._slots.fill)
         measure_s = wall(lambda: (self._writer._partials.clear(), self._writer.measure(self._record())))
@@ -322,7 +328,8 @@ def equal_to_own_conversion(layout: TargetLayout, live: dict[str, torch.Tensor],
                 made |= {name: values.view(torch.uint8), name + SCALE_SUFFIX: scales}
             else:
                 made[name] = flat
-        want = made[copy.source].as_strided(copy.shape, copy.source_strides, copy.source_offset)
+        whole = made[copy.source]
+        want = whole.as_strided(copy.shape, copy.source_strides, whole.storage_offset() + copy.source_offset)
         memory = live[copy.target]
         memory = memory.view(torch.uint8) if memory.dtype == torch.float8_e4m3fn else memory
         if not torch.equal(memory.as_strided(copy.shape, copy.target_strides, copy.target_offset), want):

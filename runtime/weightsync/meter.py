@@ -9,6 +9,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from weightsync import verify
@@ -33,7 +34,7 @@ class TensorMeter:
         digests = {name: verify.digest_tensor(name, tensor) for name, tensor in self._host.items()}
         if self._device is not None:
             self._device.launch()
-            digests |= cast(dict[str, int], self._device.read())
+            digests |= cast(dict[str, int], _read([self._device]))
         return digests
 
 
@@ -49,11 +50,15 @@ class WritesMeter:
         if self._device is not None:
             self._device.launch()
 
-    def read(self) -> dict[int, int]:
-        """Partial digests; on a GPU those of the last launch. Targets that get nothing are absent."""
-        if self._device is None:
-            return verify.digest_writes(self._arena, self._writes, self._targets)
-        return cast(dict[int, int], self._device.read())
+    @classmethod
+    def read(cls, meters: Sequence[WritesMeter]) -> dict[int, int]:
+        """Partial digests of all meters together; on a GPU those of the last launch. Targets that get nothing are absent."""
+        totals = cast(dict[int, int], _read([meter._device for meter in meters if meter._device is not None]))
+        for meter in meters:
+            if meter._device is None:
+                for index, digest in verify.digest_writes(meter._arena, meter._writes, meter._targets).items():
+                    totals[index] = (totals.get(index, 0) + digest) & _MASK
+        return totals
 
 
 class _DeviceSums:
@@ -65,20 +70,25 @@ class _DeviceSums:
         by_size: dict[int, list[tuple[Hashable, Range]]] = {}
         for key, name, start, flat in pieces:
             by_size.setdefault(flat.element_size(), []).append((key, Range(name=name, start=start, flat=flat)))
-        self._groups = [
+        self.groups = [
             ([key for key, _ in items], DigestGroup([range_ for _, range_ in items])) for items in by_size.values()
         ]
 
     def launch(self) -> None:
-        for _, group in self._groups:
+        for _, group in self.groups:
             group.digest()
 
-    def read(self) -> dict[Hashable, int]:
-        totals: dict[Hashable, int] = {}
-        for keys, group in self._groups:
-            for key, digest in zip(keys, group.sums.tolist(), strict=True):
-                totals[key] = (totals.get(key, 0) + digest) & _MASK
-        return totals
+
+def _read(measured: Sequence[_DeviceSums]) -> dict[Hashable, int]:
+    """The last launches' sums by key, brought to the host at once."""
+    groups = [group for sums in measured for group in sums.groups]
+    if not groups:
+        return {}
+    totals: dict[Hashable, int] = {}
+    keys = [key for keys, _ in groups for key in keys]
+    for key, digest in zip(keys, torch.cat([group.sums for _, group in groups]).tolist(), strict=True):
+        totals[key] = (totals.get(key, 0) + digest) & _MASK
+    return totals
 
 
 def _pieces(arena: Tensor, writes: np.ndarray, targets: Sequence[Target]) -> list[tuple[Hashable, str, int, Tensor]]:

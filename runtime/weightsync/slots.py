@@ -18,7 +18,7 @@ from weightsync.errors import ConversionError, PlanError
 from weightsync.layout.forms import BLOCK, GROUP_BYTES, Carried, Group, Slot, carry, wanted_of
 from weightsync.layout.packing import Packed, in_terms_of, pack
 from weightsync.layout.records import SourceLayout, SourceTensor, TargetLayout
-from weightsync.layout.shards import LocalSources
+from weightsync.layout.shards import LocalPiece, LocalSources
 
 Agree = Callable[[Tensor], Tensor]
 """The element-wise maximum of an int32 vector over all trainer ranks; called by all of them for the same lengths."""
@@ -47,14 +47,19 @@ class SlotArena:
         group_bytes: int = GROUP_BYTES,
     ) -> None:
         self._rank = rank
-        self._pieces = {(piece.name, piece.start): piece for piece in local.pieces}
+        self._pieces: dict[str, list[LocalPiece]] = {}
+        for piece in local.pieces:
+            self._pieces.setdefault(piece.name, []).append(piece)
+        self._firsts = list({id(piece.parameter): piece for piece in local.pieces}.values())
+        """A piece of each parameter: by them it is seen whether the model moved."""
         self._held = layouts
         self._format = format_
         self._agree = agree
         self._group_bytes = group_bytes
-        self._packed = Packed({}, {})
+        self._packed = Packed({}, {}, {})
         self._wanted: Mapping[str, SourceTensor] = {}
         self._conversions: _Conversions | None = None
+        self._places: list[int] = []
         self._device = local.pieces[0].flat().device if local.pieces else torch.device("cpu")
         self.layouts: tuple[SourceLayout, ...] = ()
         """What every rank's arena carries, to plan with."""
@@ -69,7 +74,7 @@ class SlotArena:
             if layout is None or any(self._wanted.get(tensor.name) != tensor for tensor in layout.sources):
                 return False
             known[digest] = layout
-        self._packed = Packed(known, self._packed.columns)
+        self._packed = dataclasses.replace(self._packed, layouts=known)
         return True
 
     def wants(self, digest: str) -> TargetLayout:
@@ -88,7 +93,9 @@ class SlotArena:
             self._packed = packed
             return False
         _check_format(whole, self._format)
-        carried = [carry(layout, wanted, packed.columns, group_bytes=self._group_bytes) for layout in self._held]
+        carried = [
+            carry(layout, wanted, packed.columns, packed.rows, group_bytes=self._group_bytes) for layout in self._held
+        ]
         self._wanted, self._packed = wanted, packed
         self.layouts = tuple(each.layout for each in carried)
         self._mine = carried[self._rank]
@@ -138,10 +145,11 @@ class SlotArena:
 
     def _prepare_device(self) -> _Conversions:
         """A launch for each group and kind, prepared again only when the model's memory has moved."""
-        sources = [self._source(slot) for slot in self._mine.slots]
-        places = [source.data_ptr() for source in sources]
-        if self._conversions is None or self._conversions.places != places:
+        places = [piece.flat().data_ptr() for piece in self._firsts]
+        if self._conversions is None or self._places != places:
+            sources = [self._source(slot) for slot in self._mine.slots]
             self._conversions = _Conversions(self._mine, sources, self._view, self._straddled, self._format == UE8M0)
+            self._places = places
         return self._conversions
 
     def _convert(self, slot: Slot) -> None:
@@ -164,7 +172,9 @@ class SlotArena:
 
     def _source(self, slot: Slot) -> Tensor:
         """What a slot is made from: [n], or [rows, columns] of a matrix in FP8 or in slices."""
-        flat = self._pieces[slot.holding.name, slot.holding.start].flat()
+        start, stop = slot.holding.start, slot.holding.stop
+        piece = next(piece for piece in self._pieces[slot.holding.name] if piece.start <= start and stop <= piece.stop)
+        flat = piece.flat()[start - piece.start : stop - piece.start]
         if slot.columns is not None:
             width = len(flat) * slot.columns.width // slot.numel
             return flat.view(-1, width)[:, slot.columns.start : slot.columns.stop]
@@ -232,7 +242,6 @@ class _Conversions:
     ) -> None:
         from weightsync.conversion.device import DeviceConversion  # Triton is on GPU machines only
 
-        self.places = [source.data_ptr() for source in sources]
         self._view, self._straddled = view, straddled
         self._given: list[tuple[tuple[str, int], Tensor]] = []
         self._groups = [
@@ -251,7 +260,9 @@ class _Conversions:
         return done.query
 
     def check(self) -> None:
-        bad = [name for group in self._groups for name in group.faulty()]
+        flags = [flag for group in self._groups for flag in group.flags]
+        names = [name for group in self._groups for name in group.names]
+        bad = [names[i] for i in torch.cat(flags).nonzero().flatten().tolist()] if flags else []
         if bad:
             raise ConversionError(
                 f"{len(bad)} tensors have an infinity or a NaN, such as {', '.join(sorted(bad)[:5])}: the optimizer step "

@@ -73,11 +73,7 @@ class _Planned:
 
     def partials(self) -> dict[int, int]:
         """This rank's share of each target's digest, by target index."""
-        totals: dict[int, int] = {}
-        for meter in self.meters:
-            for index, digest in meter.read().items():
-                totals[index] = (totals.get(index, 0) + digest) & ((1 << 64) - 1)
-        return totals
+        return WritesMeter.read(self.meters)
 
 
 class Writer:

@@ -12,6 +12,7 @@ from weightsync.conversion import fp8
 from weightsync.layout.forms import BLOCK, SCALE_SUFFIX, carry, scale_grid, wanted_of
 from weightsync.layout.packing import in_terms_of, pack
 from weightsync.layout.records import Copy, Holding, SourceLayout, SourceTensor, Target, TargetLayout
+from weightsync.layout.shards import LocalSources
 from weightsync.plan import make_plan
 from weightsync.slots import SlotArena
 
@@ -75,7 +76,7 @@ def test_a_slice_of_many_rows_is_one_write() -> None:
     layouts = {layout.digest(): layout for layout in (row_parallel(shapes, 2, rank, "bfloat16") for rank in range(2))}
     (local,) = shard({"w": torch.randn(1000, 256)}, 1)
     packed = pack(layouts, [local.layout(0)])
-    carried = carry(local.layout(0), wanted_of(packed.layouts), packed.columns)
+    carried = carry(local.layout(0), wanted_of(packed.layouts), packed.columns, packed.rows)
     for digest in layouts:
         assert len(make_plan([carried.layout], packed.layouts[digest]).writes(0)) == 1
     assert len(make_plan([local.layout(0)], next(iter(layouts.values()))).writes(0)) == 1000
@@ -95,9 +96,74 @@ def test_neighbours_of_an_engine_are_neighbours_in_the_arena() -> None:
         layouts[layout.digest()] = layout
     (local,) = shard({name: torch.randn(*shape) for name, shape in experts.items()}, 1)
     packed = pack(layouts, [local.layout(0)])
-    carried = carry(local.layout(0), wanted_of(packed.layouts), packed.columns)
+    carried = carry(local.layout(0), wanted_of(packed.layouts), packed.columns, packed.rows)
     for digest in layouts:
         assert len(make_plan([carried.layout], packed.layouts[digest]).writes(0)) == 1
+
+
+def gate_and_up(n_experts: int, rows: int, columns: int, tp: int, rank: int, dtype: str) -> TargetLayout:
+    """An engine rank that stacks its rows of gate and up of all experts: [E, 2 * rows / tp, columns]."""
+    mine = rows // tp
+    sources, copies = [], []
+    targets = [Target("p.w13", (n_experts, 2 * mine, columns), dtype)]
+    if dtype == "float8_e4m3fn":
+        targets.append(Target("p.w13_scale_inv", (n_experts, 2 * mine // BLOCK, columns // BLOCK), "float32"))
+    for number, name in enumerate(f"experts.{e}.{kind}" for e in range(n_experts) for kind in ("gate", "up")):
+        sources.append(SourceTensor(name, (rows, columns), dtype))
+        view = ("p.w13", number * mine * columns, (columns, 1), (mine, columns))
+        copies.append(Copy(name, rank * mine * columns, (columns, 1), *view))
+        if dtype == "float8_e4m3fn":
+            grid, part = scale_grid((rows, columns)), mine // BLOCK
+            sources.append(SourceTensor(name + SCALE_SUFFIX, grid, "float32"))
+            view = ("p.w13_scale_inv", number * part * grid[1], (grid[1], 1), (part, grid[1]))
+            copies.append(Copy(name + SCALE_SUFFIX, rank * part * grid[1], (grid[1], 1), *view))
+    return TargetLayout(targets=tuple(targets), sources=tuple(sources), copies=tuple(copies))
+
+
+@pytest.mark.parametrize(("dtype", "writes"), [("bfloat16", 1), ("float8_e4m3fn", 2)])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_rows_of_gate_and_up_of_all_experts_are_one_write(dtype: str, writes: int, ranks: int) -> None:
+    """Parted where the engines part them, and like parts side by side; otherwise a write a half and expert."""
+    layouts = {layout.digest(): layout for layout in (gate_and_up(4, 256, 256, 2, rank, dtype) for rank in range(2))}
+    names = [tensor.name for tensor in next(iter(layouts.values())).sources if not tensor.name.endswith(SCALE_SUFFIX)]
+    weights = {name: torch.randn(256, 256) for name in names}
+    halves = [
+        dict(list(weights.items())[: len(weights) // ranks]),
+        dict(list(weights.items())[len(weights) // ranks :]),
+    ]
+    locals_ = [shard(part, 1)[0] for part in halves[:ranks]]
+    locals_ = [LocalSources(shard(weights, 1)[0].tensors, local.pieces) for local in locals_]
+    arenas = fill_all(locals_, layouts)
+    for number, digest in enumerate(layouts):
+        plan = make_plan(arenas[0].layouts, arenas[0].wants(digest))
+        assert all(len(plan.writes(rank)) == writes for rank in range(ranks))
+        memory = deliver(arenas, arenas[0].wants(digest))
+        mine = slice(number * 128, number * 128 + 128)
+        if dtype == "bfloat16":
+            want = torch.cat([weight[mine].to(torch.bfloat16) for weight in weights.values()])
+        else:
+            made = {name: fp8.scales_of(fp8.block_amax(weight)) for name, weight in weights.items()}
+            want = torch.cat([fp8.quantize(weights[n], scales)[mine].view(torch.uint8) for n, scales in made.items()])
+            scales = torch.cat([scales[number : number + 1] for scales in made.values()])
+            assert same(memory["p.w13_scale_inv"].view(-1, 2), scales)
+        assert same(memory["p.w13"].view(-1, 256), want)
+
+
+def test_fp8_rows_are_parted_between_blocks_only() -> None:
+    """An engine that begins within a block gets what it wants; two slots of one rank never share a block."""
+    shapes = {"w": (256, 128)}
+    whole = row_parallel(shapes, 1, 0, "float8_e4m3fn")
+    copies = tuple(
+        Copy("w", 100 * 128, (128, 1), c.target, 0, (128, 1), (156, 128)) if c.source == "w" else c
+        for c in whole.copies
+    )
+    targets = (Target("p.w", (156, 128), "float8_e4m3fn"), whole.targets[1])
+    layout = TargetLayout(targets, whole.sources, copies)
+    weights = {"w": torch.randn(256, 128)}
+    arenas = fill_all(shard(weights, 1), layout)
+    memory = deliver(arenas, layout)
+    scales = fp8.scales_of(fp8.block_amax(weights["w"]))
+    assert same(memory["p.w"].view(156, 128), fp8.quantize(weights["w"], scales)[100:])
 
 
 @pytest.mark.parametrize("why", ["a rank holds part of a row", "slices end within a block", "scales are cut elsewhere"])

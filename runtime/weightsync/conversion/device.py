@@ -41,26 +41,21 @@ class DeviceConversion:
             for dtype in dtypes
         ]
 
+        self.names = [name for _, names in self._groups for name in names] + [cast.name for cast in casts]
+        """Of the tensors that `flags` speak of."""
+
     def run(self) -> None:
         """Launch on the current stream; waits for nothing."""
         for group, _ in self._groups:
             group.faults.zero_()
             group.convert()
+        self.flags = [group.faults for group, _ in self._groups]
+        """[n] int32 each, together one a name; not 0 where the last run met an infinity or a NaN."""
         if self._casts:
             outs = [cast.out for cast in self._casts]
             torch._foreach_copy_(outs, [_rounded(cast) for cast in self._casts])  # pyright: ignore[reportPrivateImportUsage]
-
-    def faulty(self) -> list[str]:
-        """Names of tensors in which the last run met an infinity or a NaN. Waits for the device."""
-        flags = [group.faults for group, _ in self._groups]
-        names = [name for _, of_group in self._groups for name in of_group]
-        if self._casts:
-            outs = [cast.out for cast in self._casts]
             norms = torch._foreach_norm(outs, float("inf"))  # pyright: ignore[reportPrivateImportUsage]
-            flags.append((~torch.isfinite(torch.stack([norm.float() for norm in norms]))).int())
-            names += [cast.name for cast in self._casts]
-        bad = torch.cat(flags).nonzero().flatten().tolist() if flags else []
-        return [names[i] for i in bad]
+            self.flags.append((~torch.isfinite(torch.stack([norm.float() for norm in norms]))).int())
 
 
 def _rounded(cast: Cast) -> Tensor:

@@ -9,6 +9,8 @@ they touch; two ranks that share a block carry the same scale. A matrix that eng
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
@@ -20,7 +22,7 @@ SCALE_SUFFIX = "_scale_inv"
 FP8 = "float8_e4m3fn"
 ALIGN_BYTES = 16
 """Each slot begins at such an address of its arena, for vector loads and for any dtype; scales stand one behind the other."""
-GROUP_BYTES = 256 << 20
+GROUP_BYTES = 512 << 20
 """A group's slots are converted together and written together, while the next group is converted."""
 _GROUP_ALIGN_BYTES = 256
 _SCALE = "float32"
@@ -46,7 +48,7 @@ class Slot:
     name: str
     """Of the tensor as it is carried: the holding's, or a derived one."""
     holding: Holding
-    """What it is made from, in the checkpoint's dtype."""
+    """The elements that it is made from, in the checkpoint's dtype: of a trainer's holding, or a part of one."""
     shape: Shape
     """Of the whole tensor as it is carried."""
     dtype: str
@@ -54,6 +56,8 @@ class Slot:
     start: int
     stop: int
     """Elements of the carried tensor that it has."""
+    part: int = 0
+    """Number of the part that it is, of those in which engines want the tensor's rows."""
     columns: Columns | None = None
     """Which columns of the holding's rows; None for all of its elements."""
     scales: Holding | None = None
@@ -111,12 +115,14 @@ def carry(
     held: SourceLayout,
     wanted: Mapping[str, SourceTensor],
     columns: Mapping[str, tuple[Columns, ...]] = MappingProxyType({}),
+    rows: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
     *,
     group_bytes: int = GROUP_BYTES,
 ) -> Carried:
     """Lay out the arena of the rank that holds `held`; what nobody wants is left out.
 
-    columns: the derived tensors of matrices that are carried in slices; `wanted` names those. Groups keep the holdings' order.
+    columns: the derived tensors of matrices that are carried in slices; `wanted` names those. rows: where else to part matrices
+    (`layout.packing.Packed`). Groups keep the holdings' order.
     Raises UnsupportedLayout when a rank holds part of a row of a tensor that is wanted in FP8, PlanError when the engines' scales
     do not fit their tensor.
     """
@@ -127,7 +133,8 @@ def carry(
     pending: list[Slot] = []
     pending_bytes = 0
     for holding in held.holdings:
-        new = [slot for slot in _slots_of(holding, shapes[holding.name], wanted, columns) if slot.numel]
+        parts = _parted(holding, shapes[holding.name], rows.get(holding.name, ()))
+        new = [slot for part in parts for slot in _slots_of(part, shapes[holding.name], wanted, columns) if slot.numel]
         new_bytes = sum(slot.numel * _item_bytes(slot.dtype) for slot in new)
         if pending and pending_bytes + new_bytes > group_bytes:
             groups.append(arena.place(pending, slots))
@@ -150,26 +157,37 @@ def scale_grid(shape: Shape) -> Shape:
     return (-(-rows // BLOCK), -(-columns // BLOCK))
 
 
+def _parted(holding: Holding, shape: Shape, rows: Sequence[int]) -> Iterator[tuple[int, Holding]]:
+    """(number of the part, the part of a holding that lies in it)."""
+    width = math.prod(shape[1:])
+    for number, (first, stop) in enumerate(itertools.pairwise((0, *rows, shape[0] if shape else 1))):
+        start, end = max(holding.start, first * width), min(holding.stop, stop * width)
+        if start < end:
+            yield number, dataclasses.replace(holding, start=start, stop=end)
+
+
 def _slots_of(
-    holding: Holding,
+    part: tuple[int, Holding],
     shape: Shape,
     wanted: Mapping[str, SourceTensor],
     columns: Mapping[str, tuple[Columns, ...]],
 ) -> Iterator[Slot]:
-    """The slots of one holding, not yet placed."""
+    """The slots of a part of a holding, not yet placed."""
+    number, holding = part
     if holding.name not in columns:
         want = wanted.get(holding.name)
         if want is not None:
             scales = _scales(holding, shape, wanted) if want.dtype == FP8 else None
-            yield Slot(holding.name, holding, shape, want.dtype, 0, holding.start, holding.stop, scales=scales)
+            yield Slot(holding.name, holding, shape, want.dtype, 0, holding.start, holding.stop, number, scales=scales)
         return
     first, last = holding.start // shape[1], holding.stop // shape[1]
-    for part in columns[holding.name]:
-        want = wanted.get(part.name)
+    for piece in columns[holding.name]:
+        want = wanted.get(piece.name)
         if want is not None:
-            carried = Holding(part.name, first * part.width, last * part.width, 0)
+            carried = Holding(piece.name, first * piece.width, last * piece.width, 0)
             scales = _scales(carried, want.shape, wanted) if want.dtype == FP8 else None
-            yield Slot(part.name, holding, want.shape, want.dtype, 0, carried.start, carried.stop, part, scales)
+            ends = (carried.start, carried.stop)
+            yield Slot(piece.name, holding, want.shape, want.dtype, 0, *ends, number, piece, scales)
 
 
 def _produced(
@@ -222,10 +240,10 @@ class _Arena:
         self.used_bytes = 0
 
     def place(self, pending: Sequence[Slot], slots: list[Slot]) -> Group:
-        """Append a group: whole tensors, slices of like columns, scales, so that an engine's neighbours are neighbours here."""
+        """Append a group: like parts and slices side by side, then scales, so that an engine's neighbours are neighbours here."""
         self.used_bytes = _aligned(self.used_bytes, _GROUP_ALIGN_BYTES) + (_GROUP_ALIGN_BYTES if slots else 0)
         start, first = self.used_bytes, len(slots)
-        ordered = sorted(pending, key=lambda slot: -1 if slot.columns is None else slot.columns.start)
+        ordered = sorted(pending, key=lambda slot: (-1 if slot.columns is None else slot.columns.start, slot.part))
         placed = [
             dataclasses.replace(slot, offset_bytes=self._take(slot.numel * _item_bytes(slot.dtype))) for slot in ordered
         ]

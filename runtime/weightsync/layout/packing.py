@@ -3,7 +3,8 @@
 A tensor-parallel rank wants columns [c0, c1) of every row of a down or output projection: in the whole tensor that is a write of a
 few hundred bytes a row. Where the engines' slices cut a matrix into columns, and trainer ranks hold whole rows, `pack` replaces the
 matrix by one derived tensor a slice (`X[:, c0:c1]`, with its scales `X[:, c0:c1]_scale_inv` in FP8); conversions write each of them
-packed. What does not fit this form stays as it is: slower, not wrong. Pure; standard library and records only.
+packed. Rows at which engines part a matrix are noted, so that like parts of neighbours (gate and up of all experts) stand side by
+side. What does not fit this form stays as it is: slower, not wrong. Pure; standard library and records only.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class Packed:
     """By the digest of the layout as the engine published it."""
     columns: Mapping[str, tuple[Columns, ...]]
     """Derived tensors of each matrix that is cut, and of its scales, in the order of their columns."""
+    rows: Mapping[str, tuple[int, ...]]
+    """Rows of each matrix at which what some engine wants begins or ends, where slots may be parted; ascending."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,7 +43,9 @@ class _Rectangle:
 def pack(layouts: Mapping[str, TargetLayout], held: Sequence[SourceLayout]) -> Packed:
     """Cut every matrix that engines want in column slices. `held` is what all trainer ranks hold: each of them decides alike."""
     wanted = {tensor.name: tensor for layout in layouts.values() for tensor in layout.sources}
-    cuts = {name: found for name, found in _cuts(layouts.values(), wanted).items() if len(found) > 2}
+    read = _rectangles(layouts.values(), wanted)
+    ends = {name: _ends(wanted[name].shape[1], ((r.start, r.stop) for r in found)) for name, found in read.items()}
+    cuts = {name: found for name, found in ends.items() if len(found) > 2}
     parted = _held_in_parts(held)
     cut = {name: cuts[name] for name in cuts if name not in parted and _fits_blocks(name, cuts, wanted)}
     cut |= {
@@ -50,7 +55,11 @@ def pack(layouts: Mapping[str, TargetLayout], held: Sequence[SourceLayout]) -> P
     }
     cut = {name: found for name, found in cut.items() if not name.endswith(SCALE_SUFFIX) or _matrix_of(name) in cut}
     columns = {name: _columns(name, found, cut) for name, found in cut.items()}
-    return Packed({digest: _rewritten(layout, columns) for digest, layout in layouts.items()}, columns)
+    rows = {
+        name: _ends(wanted[name].shape[0], ((r.row, r.row + r.rows) for r in found)) for name, found in read.items()
+    }
+    rows = {name: tuple(at for at in found[1:-1] if _may_part(at, wanted[name])) for name, found in rows.items()}
+    return Packed({digest: _rewritten(layout, columns) for digest, layout in layouts.items()}, columns, rows)
 
 
 def in_terms_of(columns: Mapping[str, tuple[Columns, ...]], layout: TargetLayout) -> TargetLayout | None:
@@ -67,19 +76,28 @@ def in_terms_of(columns: Mapping[str, tuple[Columns, ...]], layout: TargetLayout
     return _rewritten(layout, columns)
 
 
-def _cuts(layouts: Iterable[TargetLayout], wanted: Mapping[str, SourceTensor]) -> dict[str, tuple[int, ...]]:
-    """Ends of the column slices that copies read of each matrix, 0 and its width included; none for what is read otherwise."""
-    found: dict[str, set[int]] = {}
+def _rectangles(layouts: Iterable[TargetLayout], wanted: Mapping[str, SourceTensor]) -> dict[str, set[_Rectangle]]:
+    """What copies read of each matrix; nothing for one of which any copy reads something else than a rectangle."""
+    found: dict[str, set[_Rectangle]] = {}
     other: set[str] = set()
     for layout in layouts:
         for copy in layout.copies:
-            tensor = wanted[copy.source]
-            rectangle = _rectangle(copy, tensor)
+            rectangle = _rectangle(copy, wanted[copy.source])
             if rectangle is None:
                 other.add(copy.source)
             else:
-                found.setdefault(copy.source, {0, tensor.shape[1]}).update((rectangle.start, rectangle.stop))
-    return {name: tuple(sorted(ends)) for name, ends in found.items() if name not in other}
+                found.setdefault(copy.source, set()).add(rectangle)
+    return {name: rectangles for name, rectangles in found.items() if name not in other}
+
+
+def _ends(length: int, ranges: Iterable[tuple[int, int]]) -> tuple[int, ...]:
+    """Where any of the ranges begins or ends, and both ends of the whole; ascending."""
+    return tuple(sorted({0, length, *itertools.chain.from_iterable(ranges)}))
+
+
+def _may_part(row: int, tensor: SourceTensor) -> bool:
+    """Two slots of one rank share no FP8 block."""
+    return tensor.dtype != FP8 or row % BLOCK == 0
 
 
 def _rectangle(copy: Copy, tensor: SourceTensor) -> _Rectangle | None:
