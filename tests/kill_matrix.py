@@ -1,8 +1,8 @@
 """`python -m tests.kill_matrix`: whoever dies or freezes, whenever: nothing torn is served, no wait is late, the next push works.
 
 Hits each actor at each phase of a push, by kill -9 and by SIGSTOP with a later SIGCONT, on real processes
-(tests/fixtures/killable.py), prints the matrix and writes it as JSON. A phase is hit exactly: a gate in a test's own process holds it there meanwhile.
-tests/dataplane/test_kill_matrix.py runs some of the cells.
+(tests/fixtures/killable.py), prints the matrix and writes it as JSON. A phase is hit exactly: a gate in a test's own process
+holds it there meanwhile. tests/dataplane/test_kill_matrix.py runs some of the cells.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SAMPLE_S = 0.3
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """Who is hit, when, and how."""
+    """Who is hit, when, and how; by `hold` the gate stays shut past the deadline, as if the phase itself took so long."""
 
     actor: str
     phase: str
@@ -64,7 +64,7 @@ class Cell:
         """Process and point that hold the phase; None when it lies outside a push."""
         if self.phase in ("plan", "convert", "wire"):
             return ("trainer-1" if self.actor == "trainer-1" else "trainer-0", self.phase)
-        if self.phase in ("verify", "apply"):
+        if self.phase in ("measure", "verify", "apply"):
             return (f"{VICTIM}.{VICTIM_RANK}", self.phase)
         return None
 
@@ -95,6 +95,7 @@ class Run:
         self._fleet, self._cell = fleet, cell
         self._hit_at = 0.0
         self._restored = False
+        self._held: Gate | None = None
         self._attempts = 0
         self.outcome = Outcome(cell.actor, cell.phase, cell.signal, fleet.contract.transfer.pause_mode)
 
@@ -129,7 +130,12 @@ class Run:
                 if not gate.wait_reached(TIMEOUT_S):
                     raise Fault(f"no push came to {cell.gate}: the cell tests nothing")
                 self._hit()
-            finally:
+            except BaseException:
+                gate.open()
+                raise
+            if cell.signal == "hold":
+                self._held = gate
+            else:
                 gate.open()
         heard = self._hear_ranks(until_first_failure=cell.signal == "kill" and cell.actor.startswith("trainer"))
         words = {"committed" if "report" in answer else answer["error"] for answer in heard}
@@ -139,7 +145,7 @@ class Run:
         self._hit_at = time.monotonic()
         if self._cell.signal == "kill":
             self._target_kill()
-        else:
+        elif self._cell.signal == "stop":
             self._target_signal(signal.SIGSTOP)
 
     def _target_kill(self) -> None:
@@ -237,6 +243,8 @@ class Run:
         if self._restored:
             return
         self._restored = True
+        if self._held is not None:
+            self._held.open()
         if self._cell.signal == "stop":
             with contextlib.suppress(ProcessLookupError, RuntimeError):
                 self._target_signal(signal.SIGCONT)
@@ -285,7 +293,7 @@ class Run:
         )
 
     def _victim_is_stopped(self) -> bool:
-        return self._cell.signal == "stop" and self._cell.actor in ("receiver", "tp-rank")
+        return self._cell.signal in ("stop", "hold") and self._cell.actor in ("receiver", "tp-rank")
 
 
 class Fault(Exception):

@@ -161,11 +161,11 @@ class Receiver:
 
     def abort(self, push_id: str, reason: str) -> Description:
         """The push ends without a commit. CLEAN again if no writer can reach us and the bytes are still the old ones."""
+        reception = self._reception
+        if reception is None or reception.record.push_id != push_id:
+            return self.describe()
+        reception.stop()  # its thread takes the lock before it ends
         with self._lock:
-            reception = self._reception
-            if reception is None or reception.record.push_id != push_id:
-                return self.describe()
-            reception.stop()
             self._reception = None
             self._settle(reception.record)
             untouched = self._unsettled is None and self._measure() == self._held.digests
@@ -191,9 +191,9 @@ class Receiver:
 
     def close(self) -> None:
         """Stop receiving and destroy the agent."""
+        if self._reception is not None:
+            self._reception.stop()
         with self._lock:
-            if self._reception is not None:
-                self._reception.stop()
             self._heartbeat.close()
             self._agent.close()
 

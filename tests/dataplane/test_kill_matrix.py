@@ -85,6 +85,20 @@ def test_nothing_torn_is_served_no_wait_is_late_and_the_next_push_works(shared: 
     assert outcome.answers > 0
 
 
+@pytest.mark.failure_mode(22)
+def test_a_verification_that_outlasts_the_deadline_ends_with_the_push(shared: Shared) -> None:
+    """1. a rank measures what it got until after the deadline; 2. the push aborts; 3. the next one works and all serve it.
+
+    With `Receiver.abort` holding the lock that the measuring thread takes at its end, both wait for ever.
+    """
+    fleet = shared.fleet()
+    run = Run(fleet, Cell("tp-rank", "measure", "hold"))
+    outcome = run.run()
+    if outcome.faults:
+        shared.end()
+    assert outcome.faults == []
+
+
 def test_the_judge_of_answers_sees_mixed_uncommitted_and_old_ones() -> None:
     """Its faults, one at a time; what passes everything would pass a broken product, too."""
 

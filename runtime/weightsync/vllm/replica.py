@@ -125,9 +125,8 @@ class Replica:
         try:
             await self._pause(self._contract.transfer.pause_mode, deadline)
             await self._rpc("weightsync_open", record.to_json())
-        except BaseException:
-            if self.view.state is not ReplicaState.DIRTY:
-                await self._engine.resume_generation()
+        except BaseException as error:
+            await self._abort(record, f"not opened: {error}")  # some ranks may have opened
             self._busy.release()
             raise
         self._current = record
