@@ -40,12 +40,15 @@ from weightsync.errors import (
 from weightsync.layout.families import family_of
 from weightsync.layout.records import SourceLayout
 from weightsync.layout.shards import sources_of
+from weightsync.metrics import TrainerMetrics
 from weightsync.rendezvous.heartbeat import writer_heartbeat
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.modelexpress import Rendezvous
 from weightsync.rendezvous.records import PushRecord, WriterReport
 from weightsync.slots import Agree, SlotArena
+from weightsync.telemetry import Stopwatch
 from weightsync.transport import Agent
+from weightsync.transport.agent import transports_in_use
 from weightsync.waiting import Deadline, wait_until
 from weightsync.wire import Decision, PushSummary
 from weightsync.writer import GRACE_S, Writer, check_plans
@@ -93,6 +96,10 @@ class Publisher:
     def __init__(self, model: torch.nn.Module, *, contract: Contract, facts: PodFacts) -> None:
         self._rank, self._world_size = _position()
         self._contract = contract
+        self._watch = Stopwatch()
+        self._metrics = TrainerMetrics()
+        if contract.telemetry.metrics_port is not None:
+            self._metrics.serve(facts.ip, contract.telemetry.metrics_port + facts.local_rank)
         self._local = sources_of(model.named_parameters(), family_of(_config_of(model)))
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -132,6 +139,8 @@ class Publisher:
         with self._lock:
             self._held = None
             self._held = self._push_until_committed(step)
+            watch = self._watch if self._coordinator is None else self._coordinator.watch
+            self._metrics.committed(self._held, watch.spans, transports_in_use())
             return _report(self._held)
 
     def _push_until_committed(self, step: int) -> PushSummary:
@@ -141,15 +150,19 @@ class Publisher:
                 try:
                     return self._push_once(step)
                 except (LedgerUnavailable, RendezvousUnavailable) as error:
+                    self._metrics.failed()
                     if outage.passed:
                         raise
                     logger.warning("step %d waits, %.0f s at most: %s", step, outage.left_s, error)
                     time.sleep(OUTAGE_PAUSE_S)
                 except (PushAborted, TransportError, DeadlineExceeded) as error:
+                    self._metrics.failed()
                     logger.warning("attempt %d of %d to push step %d: %s", attempt, ATTEMPTS, step, error)
                     if attempt == ATTEMPTS:
                         raise
-                    time.sleep(ATTEMPT_PAUSE_S * 2 ** (attempt - 1))  # all ranks alike: none may wait for rank 0's pause
+                    time.sleep(
+                        ATTEMPT_PAUSE_S * 2 ** (attempt - 1)
+                    )  # all ranks alike: none may wait for rank 0's pause
                     break
         raise AssertionError("the last attempt returns or raises")
 
@@ -203,19 +216,22 @@ class Publisher:
             return self._take_part(record, deadline)
 
     def _take_part(self, record: PushRecord, deadline: Deadline) -> PushSummary:
+        watch = self._watch = Stopwatch()
         try:
-            check_plans(record, self._writer.learn(record.members, deadline, catch_up=record.catch_up))
+            with watch.phase("plan"):
+                check_plans(record, self._writer.learn(record.members, deadline, catch_up=record.catch_up))
             self._ledger.report_planned(record.push_id, self._rank)
-            if not record.catch_up:
-                self._fill(record, deadline)
-            self._writer.measure(record)
+            with watch.phase("convert"):
+                if not record.catch_up:
+                    self._fill(record, deadline)
+                self._writer.measure(record)
             self._ledger.report_ready(record.push_id, self._rank)
             wait_until(
                 lambda: self._may_write(record),
                 deadline=deadline,
                 what=f"push {record.push_id}: receivers are not open",
             )
-            write_and_report(self._ledger, self._writer, record, self._rank, deadline)
+            write_and_report(self._ledger, self._writer, record, self._rank, deadline, watch)
         except PushAborted:
             raise
         except ConversionError as error:  # no later attempt sends these weights

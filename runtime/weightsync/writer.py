@@ -25,6 +25,7 @@ from weightsync.rendezvous.incarnation import RankKey, replica_ranks
 from weightsync.rendezvous.modelexpress import EngineDescriptor, Rendezvous
 from weightsync.rendezvous.records import PushRecord
 from weightsync.slots import SlotArena
+from weightsync.telemetry import Span
 from weightsync.transport import Agent, Region, Transfer, TransferState
 from weightsync.waiting import Deadline
 
@@ -172,6 +173,17 @@ class Writer:
                 transfer.release()
         self._peers.clear()
 
+    def wire_spans(self, record: PushRecord) -> list[Span]:
+        """The wire to each peer of a push that was just written, as NIXL measured it."""
+        spans = []
+        for peer in self._peers_of(record):
+            measured = [transfer.measured() for transfer in peer.prepared]
+            if measured:
+                began = min(at for at, _ in measured)
+                ended = max(at + seconds for at, seconds in measured)
+                spans.append(Span("wire", began, ended - began, peer.agent_name, peer.length_bytes))
+        return spans
+
     def _peers_of(self, record: PushRecord) -> list[_Peer]:
         return [self._peers[key] for replica, word in record.members.items() for key in replica_ranks(replica, word)]
 
@@ -271,7 +283,9 @@ class Writer:
         )
 
     def _wait_terminal(self, transfers: Sequence[Transfer], deadline: Deadline, push_id: str) -> None:
-        while any(transfer.in_flight for transfer in transfers):
+        while [
+            transfer for transfer in transfers if transfer.in_flight
+        ]:  # each is polled, so that NIXL sees when it ends
             if deadline.left_s < -GRACE_S:
                 self._end_process([transfer for transfer in transfers if transfer.in_flight], push_id)
             time.sleep(TRANSFER_POLL_S)

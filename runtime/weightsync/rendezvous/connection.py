@@ -243,6 +243,12 @@ class LedgerConnection:
             self._shared.clock_offset_s = now - sent
         return now
 
+    def clock_of(self, moment: float) -> float:
+        """A moment of time.monotonic() by the ledger's clock, as that was read last; by this process's clock if it never was."""
+        with self._shared.lock:
+            offset_s = self._shared.clock_offset_s
+        return moment + (time.time() - time.monotonic() if offset_s is None else offset_s)
+
     def deadline_to_monotonic(self, deadline_at: float) -> float:
         """A deadline by the ledger's clock, as this process's time.monotonic(); early by at most one round trip.
 
