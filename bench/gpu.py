@@ -78,6 +78,12 @@ def cases(*, two_gpus: bool, quick: bool) -> list[Case]:
         ),
         Case(what=f"TP 2, FP8, {split} layers", engines=ranks(split), engine_device=device),
         Case(what=f"EP 2, FP8, {split} layers", engines=ranks(split, ep=True), engine_device=device),
+        Case(
+            what=f"two trainer ranks, TP 1, FP8, {split} layers",
+            engines=(Engine(layers=split),),
+            trainers=2,
+            engine_device=device,
+        ),
     ]
 
 

@@ -1,13 +1,13 @@
 """Pushes between processes on one or two GPUs through the product's writer, arena, plan and digests; bytes checked there.
 
-One trainer process that holds the whole model, one process an engine rank, NIXL between them. The rendezvous is a pipe: what is
-measured is the data path. `bench.gpu` calls `pushes`.
+One process a trainer rank and one an engine rank, NIXL between them. The rendezvous is a pipe: what is measured is the data path.
+`bench.gpu` calls `pushes`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import gc
+import math
 import os
 import time
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from weightsync.conversion import fp8
 from weightsync.layout.families import qwen3_moe
 from weightsync.layout.forms import FP8, SCALE_SUFFIX
 from weightsync.layout.records import TargetLayout
-from weightsync.layout.shards import sources_of
+from weightsync.layout.shards import LocalPiece, LocalSources, sources_of
 from weightsync.meter import TensorMeter
 from weightsync.rendezvous.fencing import Notification
 from weightsync.rendezvous.modelexpress import EngineDescriptor, RemoteTensor
@@ -46,95 +46,81 @@ class Case:
 
     what: str
     engines: tuple[Engine, ...]
+    trainers: int = 1
+    """Ranks that share the model's rows, as FSDP does."""
     engine_device: int = 0
     staged: bool = False
     """Whether the engine also commits from staging memory, which takes that much memory more."""
 
 
 def pushes(case: Case, *, copy_gbps: float, group_bytes: int) -> list[Row]:
-    """All rows of one fleet. copy_gbps: payload of a plain copy between the same devices."""
+    """All rows of one fleet. copy_gbps: payload of a plain copy between the same devices.
+
+    Processes of its own: UCX keeps what it mapped of another process, and so that one's memory, until its own process ends.
+    """
     context = mp.get_context("spawn")
-    pipes, processes = [], []
-    for number, engine in enumerate(case.engines):
-        ours, theirs = context.Pipe()
-        process = context.Process(
-            target=_engine, args=(theirs, engine, number, case.engine_device, copy_gbps, case.staged), daemon=True
-        )
-        process.start()
-        pipes.append(ours)
-        processes.append(process)
+    engines = [_spawn(context, _engine, engine, number, case, copy_gbps) for number, engine in enumerate(case.engines)]
+    descriptors = [hear(pipe) for pipe, _ in engines]
+    trainers = [_spawn(context, _trainer, case, rank, group_bytes, descriptors) for rank in range(case.trainers)]
     try:
-        with _Trainer(case, pipes, group_bytes) as trainer:
-            rows = [row | {"fleet": case.what} for row in trainer.rows(copy_gbps)]
-        del trainer
-        return rows
+        fleet = _Fleet(case, [pipe for pipe, _ in trainers], [pipe for pipe, _ in engines])
+        return [row | {"fleet": case.what} for row in fleet.rows(copy_gbps)]
     finally:
-        for pipe in pipes:
+        for pipe, process in (*trainers, *engines):
             pipe.send(("end",))
-        for process in processes:
             process.join(TIMEOUT_S)
-        gc.collect()  # the trainer is in cycles, and its memory is the next case's
-        torch.cuda.empty_cache()
 
 
-class _PipeRendezvous:
-    """What ModelExpress gives a writer: the descriptors that engines published."""
-
-    def __init__(self, descriptors: dict[int, EngineDescriptor]) -> None:
-        self._descriptors = descriptors
-
-    def fetch(self, replica: str, incarnation: str, rank: int, *, deadline: float) -> EngineDescriptor:
-        return self._descriptors[rank]
+def _spawn(context: Any, target: Callable[..., None], *arguments: Any) -> tuple[Any, Any]:
+    ours, theirs = context.Pipe()
+    process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
+    process.start()
+    return ours, process
 
 
-class _Trainer:
-    """One trainer rank that holds the whole model, and its writer."""
+class _Fleet:
+    """What the coordinator is: tells trainers to push, and hears engines say that they have everything."""
 
-    def __init__(self, case: Case, pipes: list[Any], group_bytes: int) -> None:
-        self._case, self._pipes = case, pipes
-        device = torch.device("cuda", 0)
-        torch.cuda.set_device(device)
-        parameters = trainer_parameters(case.engines[0].layers, device, distinct=DISTINCT)
-        local = sources_of(parameters.items(), qwen3_moe)
-        self._slots = SlotArena(
-            rank=0, local=local, layouts=[local.layout(0)], format_="auto", agree=_alone, group_bytes=group_bytes
-        )
-        self._agent = Agent("trainer")
-        descriptors = {rank: hear(pipe) for rank, pipe in enumerate(pipes)}
-        rendezvous: Any = _PipeRendezvous(descriptors)
-        self._writer = Writer(rank=0, agent=self._agent, slots=self._slots, rendezvous=rendezvous)
-        started = time.perf_counter()
-        word = "+".join(str(rank) for rank in range(len(pipes)))
-        self._plans = self._writer.learn({"r": word}, Deadline(TIMEOUT_S), catch_up=False)
-        self._plan_s = time.perf_counter() - started
-        self._word, self._version = word, 0
-
-    def __enter__(self) -> _Trainer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._writer.close()
-        self._agent.close()
+    def __init__(self, case: Case, trainers: list[Any], engines: list[Any]) -> None:
+        self._case, self._trainers, self._engines = case, trainers, engines
+        self._version = 0
+        joined = [hear(pipe) for pipe in trainers]
+        self._plans = joined[0]["plans"]
+        assert all(each["plans"] == self._plans for each in joined)
+        self._base = {key: [each[key] for each in joined] for key in ("bytes", "groups", "learn_seconds")}
 
     def rows(self, copy_gbps: float) -> list[Row]:
-        torch.cuda.reset_peak_memory_stats()
-        payload = self._payload_bytes()
-        convert_s = wall(self._slots.fill)
-        measure_s = wall(lambda: (self._writer._partials.clear(), self._writer.measure(self._record())))
-        wire_s = self._timed(lambda record: self._writer.write(record, Deadline(TIMEOUT_S)))
-        both_s = self._timed(lambda record: self._writer.convert_and_write(record, Deadline(TIMEOUT_S)))
+        payload = sum(self._base["bytes"])
+        convert_s, measure_s = [max(self._all(word)) for word in ("convert", "measure")]
+        wire_s, both_s = self._push("write"), self._push("convert_and_write")
         equal = self._check()
-        base = {"bytes": payload, "groups": len(self._slots.groups), "learn_seconds": self._plan_s}
-        rows = [
-            _row("wire alone, prepared transfers", payload, wire_s, copy_gbps) | base | equal,
+        return [
+            _row("wire alone, prepared transfers", payload, wire_s, copy_gbps) | self._base | equal,
             _row("convert alone", payload, convert_s, copy_gbps),
             _row("writer's digests alone", payload, measure_s, copy_gbps),
             _row("convert, digest and wire, group by group", payload, both_s, copy_gbps)
             | {"over_the_longest": both_s / max(convert_s, wire_s)},
-            self._naive(payload, copy_gbps),
+            *([] if self._case.trainers > 1 else [self._naive(payload, copy_gbps)]),
+            *(row for pipe in self._engines for row in ask(pipe, "rows")),
+            {"what": "memory of a trainer", "seconds": 0.0, "gbps": 0.0, **self._all("memory")[0]},
         ]
-        rows += [row for pipe in self._pipes for row in ask(pipe, "rows")]
-        return [*rows, self._memory()]
+
+    def _all(self, *words: Any) -> list[Any]:
+        for pipe in self._trainers:
+            pipe.send(words)
+        return [hear(pipe) for pipe in self._trainers]
+
+    def _push(self, how: str) -> float:
+        """Median of pushes, each until every engine has heard the last word of every writer; the first one is not counted."""
+        times = []
+        for _ in range(RUNS + 1):
+            record = self._record()
+            started = time.perf_counter()
+            self._all(how, record)
+            for pipe in self._engines:
+                assert hear(pipe) == record.version
+            times.append(time.perf_counter() - started)
+        return sorted(times[1:])[RUNS // 2]
 
     def _record(self) -> PushRecord:
         self._version += 1
@@ -147,33 +133,99 @@ class _Trainer:
             step=0,
             catch_up=False,
             deadline_at=0.0,
-            writers=1,
+            writers=self._case.trainers,
             plan_digests=self._plans,
-            members={"r": self._word},
+            members={"r": _word(self._case)},
         )
 
-    def _payload_bytes(self) -> int:
-        return sum(peer.length_bytes for peer in self._writer._peers.values())
-
-    def _timed(self, push: Callable[[PushRecord], int]) -> float:
-        """Median of pushes, each until every engine has heard the last word; the first one is not counted."""
-        times = []
-        for _ in range(RUNS + 1):
-            record = self._record()
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            push(record)
-            for pipe in self._pipes:
-                assert hear(pipe) == record.version
-            times.append(time.perf_counter() - started)
-        return sorted(times[1:])[RUNS // 2]
-
     def _check(self) -> Row:
-        """Engines compare digests with the writer's and bytes with their own conversion of the same weights."""
-        found = [ask(pipe, "check") for pipe in self._pipes]
+        """Engines compare digests with the writers' and bytes with their own conversion of the same weights."""
+        found = [ask(pipe, "check") for pipe in self._engines]
         return {"digests_equal": all(f["digests"] for f in found), "bytes_equal": all(f["bytes"] for f in found)}
 
     def _naive(self, payload: int, copy_gbps: float) -> Row:
+        (found,) = self._all("naive")
+        row = _row("the naive way: convert all, one handle a MiB", payload, found["seconds"], copy_gbps)
+        return row | {"convert_seconds": found["convert_seconds"]}
+
+
+def _word(case: Case) -> str:
+    return "+".join(str(rank) for rank in range(len(case.engines)))
+
+
+class _PipeRendezvous:
+    """What ModelExpress gives a writer: the descriptors that engines published."""
+
+    def __init__(self, descriptors: dict[int, EngineDescriptor]) -> None:
+        self._descriptors = descriptors
+
+    def fetch(self, replica: str, incarnation: str, rank: int, *, deadline: float) -> EngineDescriptor:
+        return self._descriptors[rank]
+
+
+class _TrainerProcess:
+    """One trainer rank, and its writer."""
+
+    def __init__(self, case: Case, rank: int, group_bytes: int, descriptors: list[EngineDescriptor]) -> None:
+        device = torch.device("cuda", 0)
+        torch.cuda.set_device(device)
+        parameters = trainer_parameters(case.engines[0].layers, device, distinct=DISTINCT)
+        held = [shards(parameters, each, case.trainers) for each in range(case.trainers)]
+        self._slots = SlotArena(
+            rank=rank,
+            local=held[rank],
+            layouts=[local.layout(each) for each, local in enumerate(held)],
+            format_="auto",
+            agree=_alone,
+            group_bytes=group_bytes,
+        )
+        self._agent = Agent(f"trainer-{rank}")
+        rendezvous: Any = _PipeRendezvous(dict(enumerate(descriptors)))
+        self._writer = Writer(rank=rank, agent=self._agent, slots=self._slots, rendezvous=rendezvous)
+        started = time.perf_counter()
+        plans = self._writer.learn({"r": _word(case)}, Deadline(TIMEOUT_S), catch_up=False)
+        self.joined = {
+            "plans": plans,
+            "bytes": sum(peer.length_bytes for peer in self._writer._peers.values()),
+            "groups": len(self._slots.groups),
+            "learn_seconds": time.perf_counter() - started,
+        }
+        torch.cuda.reset_peak_memory_stats()
+
+    def serve(self, pipe: Any) -> None:
+        pipe.send(self.joined)
+        while True:
+            match hear(pipe):
+                case ("convert",):
+                    pipe.send(wall(self._slots.fill))
+                case ("measure",):
+                    pipe.send(wall(self._measure))
+                case ("write", record):
+                    self._measure_for(record)
+                    pipe.send(self._writer.write(record, Deadline(TIMEOUT_S)))
+                case ("convert_and_write", record):
+                    pipe.send(self._writer.convert_and_write(record, Deadline(TIMEOUT_S)))
+                case ("naive",):
+                    pipe.send(self._naive())
+                case ("memory",):
+                    peak = torch.cuda.max_memory_allocated()
+                    pipe.send({"arena_bytes": self._slots.buffer.nbytes, "peak_bytes": peak})
+                case _:
+                    self._writer.close()
+                    self._agent.close()
+                    return
+
+    def _measure(self) -> None:
+        for planned in self._writer._planned.values():
+            for meter in planned.meters:
+                meter.launch()
+            planned.partials()
+
+    def _measure_for(self, record: PushRecord) -> None:
+        """The arena is the same for all pushes that are timed: its digests are taken before the first."""
+        self._writer.measure(record)
+
+    def _naive(self) -> Row:
         """Convert tensor by tensor with torch, all of them; then one handle a write of at most a MiB, drained by 100."""
         torch.cuda.synchronize()
         started = time.perf_counter()
@@ -195,9 +247,7 @@ class _Trainer:
                 if len(window) == NAIVE_WINDOW:
                     _drain(window)
         _drain(window)
-        ended = time.perf_counter()
-        row = _row("the naive way: convert all, one handle a MiB", payload, ended - started, copy_gbps)
-        return row | {"convert_seconds": converted - started}
+        return {"seconds": time.perf_counter() - started, "convert_seconds": converted - started}
 
     def _regions(self) -> list[tuple[str, Region, Region]]:
         """(agent, local, remote) of every write, as the writer prepared them."""
@@ -209,42 +259,50 @@ class _Trainer:
                 regions += [(peer.agent_name, local, remote) for local, remote in pairs]
         return regions
 
-    def _memory(self) -> Row:
-        arena = self._slots.buffer.nbytes
-        return {
-            "what": "memory of the trainer",
-            "arena_bytes": arena,
-            "peak_bytes": torch.cuda.max_memory_allocated(),
-            "seconds": 0.0,
-            "gbps": 0.0,
-        }
+
+def _trainer(pipe: Any, case: Case, rank: int, group_bytes: int, descriptors: list[EngineDescriptor]) -> None:
+    os.environ["UCX_TLS"] = UCX_TLS
+    _TrainerProcess(case, rank, group_bytes, descriptors).serve(pipe)
+
+
+def shards(parameters: dict[str, torch.Tensor], rank: int, ranks: int) -> LocalSources:
+    """What one of `ranks` FSDP2 ranks holds: rows as torch.chunk gives them, experts whole."""
+    whole = sources_of(((name, value.to("meta")) for name, value in parameters.items()), qwen3_moe)
+    pieces, used = [], 0
+    for name, value in parameters.items():
+        width = value[0].numel() if value.dim() > 1 else 1
+        chunk = -(-len(value) // ranks)
+        low, high = min(rank * chunk, len(value)), min((rank + 1) * chunk, len(value))
+        local = value[low:high]
+        for part, shape, at in qwen3_moe(name, tuple(value.shape)):
+            start, stop = max(low * width, at), min(high * width, at + math.prod(shape))
+            if start < stop:
+                pieces.append(LocalPiece(part, start - at, stop - at, used, local, start - low * width))
+                used += stop - start
+    return LocalSources(whole.tensors, tuple(pieces))
 
 
 class _EngineProcess:
     """Live parameters of one engine rank, registered, and what an engine does with a push."""
 
-    def __init__(self, engine: Engine, number: int, device: int, copy_gbps: float, staged: bool) -> None:
-        self._engine, self._device, self._copy_gbps = engine, torch.device("cuda", device), copy_gbps
+    def __init__(self, engine: Engine, number: int, case: Case, copy_gbps: float) -> None:
+        self._engine, self._device, self._copy_gbps = engine, torch.device("cuda", case.engine_device), copy_gbps
+        self._writers = case.trainers
         torch.cuda.set_device(self._device)
         self._layout = engine.layout()
         self._live = _parameters(self._layout, self._device)
-        self._staging = _parameters(self._layout, self._device) if staged else {}
+        self._staging = _parameters(self._layout, self._device) if case.staged else {}
         self._meter = TensorMeter(self._live)
         self._agent = Agent(f"engine-{number}")
         self._agent.register(list(self._live.values()))
-        self.descriptor = _descriptor(self._layout, self._live, self._agent, number, device)
-        self._note: Notification | None = None
+        self.descriptor = _descriptor(self._layout, self._live, self._agent, number, case.engine_device)
+        self._notes: dict[int, Notification] = {}
 
     def serve(self, pipe: Any) -> None:
         pipe.send(self.descriptor)
         while True:
             while not pipe.poll(0.0):
-                for (
-                    _,
-                    payload,
-                ) in self._agent.notifications():  # also makes progress, as a receiver with an open push does
-                    self._note = Notification.decode(payload)
-                    pipe.send(self._note.version)
+                self._hear_writers(pipe)
             match pipe.recv():
                 case ("check",):
                     pipe.send(self._check())
@@ -254,12 +312,21 @@ class _EngineProcess:
                     self._agent.close()
                     return
 
+    def _hear_writers(self, pipe: Any) -> None:
+        """Also makes progress, as a receiver with an open push does."""
+        for _, payload in self._agent.notifications():
+            note = Notification.decode(payload)
+            self._notes[note.writer_rank] = note
+            if [each.version for each in self._notes.values()] == [note.version] * self._writers:
+                pipe.send(note.version)
+
     def _check(self) -> Row:
         torch.cuda.synchronize()
-        assert self._note is not None
         measured = self._meter.measure()
-        names = sorted(self._live)
-        sent = {names[index]: digest for index, digest in self._note.partial_digests.items()}
+        sent = dict.fromkeys(measured, 0)
+        for note in self._notes.values():
+            for name, digest in zip(sorted(sent), _by_index(note, len(sent)), strict=True):
+                sent[name] = (sent[name] + digest) % (1 << 64)
         return {
             "digests": sent == measured,
             "bytes": equal_to_own_conversion(self._layout, self._live, self._engine.layers),
@@ -278,9 +345,13 @@ class _EngineProcess:
         return rows
 
 
-def _engine(pipe: Any, engine: Engine, number: int, device: int, copy_gbps: float, staged: bool) -> None:
+def _by_index(note: Notification, count: int) -> list[int]:
+    return [note.partial_digests.get(index, 0) for index in range(count)]
+
+
+def _engine(pipe: Any, engine: Engine, number: int, case: Case, copy_gbps: float) -> None:
     os.environ["UCX_TLS"] = UCX_TLS
-    _EngineProcess(engine, number, device, copy_gbps, staged).serve(pipe)
+    _EngineProcess(engine, number, case, copy_gbps).serve(pipe)
 
 
 def _parameters(layout: TargetLayout, device: torch.device) -> dict[str, torch.Tensor]:
