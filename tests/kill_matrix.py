@@ -281,9 +281,7 @@ class Run:
             time.sleep(0.05)
 
     def _judge_answers(self) -> None:
-        with self._fleet.answers.open() as file:
-            file.seek(self._log_offset)
-            entries = [json.loads(line) for line in file if line.endswith("\n")]
+        entries = self._fleet.log_since(self._log_offset)
         answers = [entry for entry in entries if "tokens" in entry]
         self.outcome.answers = sum(answer["status"] == 200 for answer in answers)
         self.outcome.faults += judge_answers(answers, self._fleet.committed_steps())

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.fixtures.killable import Fleet
-from tests.kill_matrix import Cell, Run, judge_answers, judge_waits, make_fleet
+from tests.fixtures.killable_gate import Gate
+from tests.kill_matrix import TIMEOUT_S, Cell, Run, judge_answers, judge_waits, make_fleet
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -97,6 +99,65 @@ def test_a_verification_that_outlasts_the_deadline_ends_with_the_push(shared: Sh
     if outcome.faults:
         shared.end()
     assert outcome.faults == []
+
+
+@pytest.mark.failure_mode(24)
+def test_what_one_receiver_finds_wrong_all_trainer_ranks_hear_at_once(shared: Shared) -> None:
+    """1. a byte changes in a replica before it measures; 2. its vote of no ends the push on both ranks long before the deadline,
+    with the target's name; 3. the next attempt repairs it.
+
+    Without `Coordinator._wait_votes` reading refusals, or rank 1 reading the decision, the ranks wait for the deadline.
+    """
+    fleet = shared.fleet()
+    fleet.step += 1
+    gate = Gate(fleet.folder / "gates", "engine-0.1", "measure")
+    try:
+        for rank in fleet.ranks:
+            rank.pipe.send(fleet.step)
+        assert gate.wait_reached(TIMEOUT_S)
+        assert httpx.post(f"{fleet.urls['engine-0']}/corrupt", trust_env=False).status_code == 200
+    finally:
+        gate.open()
+    for rank in fleet.ranks:
+        told = fleet.hear(rank)
+        assert "report" in told[-1], told
+        first_s = next(message["attempt_s"] for message in told if "attempt_s" in message)
+        assert first_s < TIMEOUT_S / 2
+    reasons = [push.reason for push in fleet.pushes() if push.step == fleet.step]
+    assert reasons[0] == ""
+    assert (
+        "engine-0 rank" in reasons[-1] and "targets differ from what was sent: model.embed_tokens.weight" in reasons[-1]
+    )
+
+
+@pytest.mark.failure_mode(12)
+def test_pushes_without_a_pause_between_them_never_reach_an_engine_that_runs(shared: Shared) -> None:
+    """Twenty, as fast as they go; the client's answers are each of one step. What one push left in the ledger opens no other."""
+    fleet = shared.fleet()
+    offset = fleet.answers.stat().st_size
+    for _ in range(20):
+        fleet.step += 1
+        assert all("report" in answer for answer in fleet.push(fleet.step))
+    answers = [entry for entry in fleet.log_since(offset) if "tokens" in entry]
+    assert judge_answers(answers, fleet.committed_steps()) == []
+    assert len({step for answer in answers for token in answer["tokens"] for step in token}) >= 3
+
+
+@pytest.mark.failure_mode(17)
+@pytest.mark.failure_mode(49)
+def test_a_trainer_that_resumes_from_an_older_step_pushes_it_as_a_newer_version(shared: Shared) -> None:
+    """The gang is begun anew and pushes step 1 first, as after a checkpoint; it takes the same way as any other push."""
+    fleet = shared.fleet()
+    fleet.step += 1
+    before = fleet.push(fleet.step)[0]["report"]
+    fleet.start_gang()
+    for answer in fleet.push(1):
+        report = answer["report"]
+        assert (report["epoch"], report["version"]) == (before["epoch"] + 1, before["version"] + 1)
+        assert report["replicas"] == ("engine-0", "engine-1")
+    for url in fleet.urls.values():
+        answer = httpx.post(f"{url}/v1/completions", json={"max_tokens": 2}, trust_env=False).json()
+        assert answer["tokens"] == [[1.0], [1.0]]
 
 
 def test_the_judge_of_answers_sees_mixed_uncommitted_and_old_ones() -> None:

@@ -13,7 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.fixtures.killable import REPLICAS, SESSION, Fleet
+from tests.fixtures.killable import REPLICAS, Fleet
 from tests.fixtures.killable_model import SHAPES
 from tests.fixtures.servers import free_port
 from weightsync.config import TelemetrySection
@@ -30,7 +30,6 @@ from weightsync.telemetry import (
     write_trace,
 )
 from weightsync.transport.ucx import UcxLog
-from weightsync.wire import PushSummary
 
 OPERATIONS = Path(__file__).resolve().parents[2] / "docs" / "operations.md"
 MODEL_BYTES = 2 * sum(rows * (columns[0] if columns else 1) for rows, *columns in SHAPES.values())
@@ -59,14 +58,6 @@ def _until_serving(fleet: Fleet, name: str) -> None:
         time.sleep(0.05)
 
 
-def _last_push(fleet: Fleet) -> PushSummary:
-    client = fleet.redis.client()
-    try:
-        return PushSummary.from_json(client.lindex(f"ws:{SESSION}:pushes", 0))
-    finally:
-        client.close()
-
-
 def _scrape(url: str) -> dict[tuple[str, str], float]:
     """Value by (sample's name, values of its labels joined by commas)."""
     answer = httpx.get(url, trust_env=False)
@@ -81,12 +72,12 @@ def _scrape(url: str) -> dict[tuple[str, str], float]:
 @pytest.mark.failure_mode(11)
 def test_bytes_are_those_that_arrived_at_the_receivers(fleet: Fleet) -> None:
     """Each replica takes the whole model once; of two tensor parallel ranks each has the norm."""
-    assert _last_push(fleet).bytes == 2 * MODEL_BYTES + NORM_BYTES
+    assert fleet.pushes()[0].bytes == 2 * MODEL_BYTES + NORM_BYTES
 
 
 @pytest.mark.failure_mode(32)
 def test_the_transport_is_what_ucx_says_that_it_chose(fleet: Fleet) -> None:
-    summary = _last_push(fleet)
+    summary = fleet.pushes()[0]
     assert (list(summary.transports), summary.transport_proof) == (["tcp"], "ucx")
 
 
@@ -116,13 +107,13 @@ def test_the_trace_shows_every_process_its_phases_and_the_wire_to_each_peer(flee
     assert sum(event["args"]["bytes"] for events in wires.values() for event in events) == 2 * MODEL_BYTES + NORM_BYTES
     moments = [(event["ts"], event["ts"] + event["dur"]) for events in phases.values() for event in events]
     lasted_s = (max(end for _, end in moments) - min(began for began, _ in moments)) / 1e6
-    assert lasted_s < _last_push(fleet).seconds + 0.5
+    assert lasted_s < fleet.pushes()[0].seconds + 0.5
     assert document["otherData"]["push"] == "1.2.2"
 
 
 def test_a_trainer_rank_and_a_replica_tell_prometheus(fleet: Fleet) -> None:
     """After two pushes; both ranks of the trainer are in one pod here, at ports of their own."""
-    summary = _last_push(fleet)
+    summary = fleet.pushes()[0]
     rank_0 = _scrape(f"http://127.0.0.1:{fleet.contract.telemetry.metrics_port}/metrics")
     assert rank_0["weightsync_pushes_total", "committed"] == 2
     assert rank_0["weightsync_pushed_bytes_total", ""] == 2 * summary.bytes
