@@ -217,9 +217,7 @@ class Coordinator:
     def _decide_abort(self, record: PushRecord, error: WeightSyncError) -> Verdict:
         try:
             return self._ledger.decide(record.push_id, Decision.ABORT, str(error))
-        except (
-            LedgerUnavailable
-        ) as unreachable:  # engines abort by themselves at the deadline, and nobody can be told more
+        except LedgerUnavailable as unreachable:  # the engines abort by themselves, at the deadline
             raise LedgerUnavailable(f"{error}; and the decision could not be told: {unreachable}") from error
 
     def _account(
