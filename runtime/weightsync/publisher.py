@@ -332,8 +332,8 @@ class Publisher:
         if held is None:
             return
         if self._coordinator is not None:
-            summary = self._coordinator.catch_up(version=held.version, sequence=self._sequence + 1, step=held.step)
-            self._sequence += summary is not None
+            self._sequence += 1  # also for one that is aborted: the other ranks take no number twice
+            self._coordinator.catch_up(version=held.version, sequence=self._sequence, step=held.step)
             return
         newest = self._newest()
         if newest is not None and newest[1].catch_up and newest[1].version == held.version:
