@@ -242,7 +242,7 @@ class Receiver:
             logger.warning(
                 "push %s: writers %s are silent, destroying agent %s", record.push_id, sorted(silent), self.incarnation
             )
-            self._heartbeat.close()
+            self._heartbeat.close(timeout_s=0)  # a beat under way may hang with the server, and its source leads nowhere now
             self._agent.close()
             self._agent = self._new_agent()
         else:
@@ -250,7 +250,7 @@ class Receiver:
 
     def _acknowledged(self, record: PushRecord) -> frozenset[int]:
         try:
-            return frozenset(self._ledger.until(time.monotonic() + 1.0).writer_reports(record.push_id))
+            return frozenset(self._ledger.until(time.monotonic()).writer_reports(record.push_id))  # one try
         except LedgerUnavailable:
             return frozenset()
 
