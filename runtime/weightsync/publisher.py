@@ -39,7 +39,7 @@ from weightsync.errors import (
 )
 from weightsync.layout.families import family_of
 from weightsync.layout.records import SourceLayout
-from weightsync.layout.shards import sources_of
+from weightsync.layout.shards import named_tensors, sources_of
 from weightsync.metrics import TrainerMetrics
 from weightsync.rendezvous.heartbeat import writer_heartbeat
 from weightsync.rendezvous.ledger import Ledger
@@ -100,7 +100,7 @@ class Publisher:
         self._metrics = TrainerMetrics()
         if contract.telemetry.metrics_port is not None:
             self._metrics.serve(facts.ip, contract.telemetry.metrics_port + facts.local_rank)
-        self._local = sources_of(model.named_parameters(), family_of(_config_of(model)))
+        self._local = sources_of(named_tensors(model), family_of(_config_of(model)))
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._ledger = Ledger.from_contract(contract)
