@@ -179,7 +179,7 @@ class Writer:
         """The wire to each peer of a push that was just written, as NIXL measured it."""
         spans = []
         for peer in self._peers_of(record):
-            measured = [transfer.measured() for transfer in peer.prepared]
+            measured = [times for transfer in peer.prepared if (times := transfer.measured()) is not None]
             if measured:
                 began = min(at for at, _ in measured)
                 ended = max(at + seconds for at, seconds in measured)

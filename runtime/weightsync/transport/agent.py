@@ -202,9 +202,12 @@ class Transfer:
             self.failure = f"NIXL status {status}"
         return _STATES.get(status, TransferState.FAILED)
 
-    def measured(self) -> tuple[float, float]:
-        """When the last post began (time.monotonic()) and the seconds until it was done, by NIXL's own clock; once it is DONE."""
-        told = self._agent.get_xfer_telemetry(self._handle)  # type: ignore[attr-defined]
+    def measured(self) -> tuple[float, float] | None:
+        """When the last post began (time.monotonic()) and the seconds until it was seen DONE, by NIXL's clock; None if it has none."""
+        try:
+            told = self._agent.get_xfer_telemetry(self._handle)  # type: ignore[attr-defined]
+        except Exception:  # a push must not fail of its figures
+            return None
         return told.startTime / 1e6, told.xferDuration / 1e6
 
     @property
