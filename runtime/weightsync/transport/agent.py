@@ -203,7 +203,7 @@ class Transfer:
         return _STATES.get(status, TransferState.FAILED)
 
     def measured(self) -> tuple[float, float] | None:
-        """When the last post began (time.monotonic()) and the seconds until it was seen DONE, by NIXL's clock; None if it has none."""
+        """When the last post began (time.monotonic()) and the seconds until it was seen DONE; None if NIXL cannot tell."""
         try:
             told = self._agent.get_xfer_telemetry(self._handle)  # type: ignore[attr-defined]
         except Exception:  # a push must not fail of its figures
