@@ -242,7 +242,7 @@ class Receiver:
             logger.warning(
                 "push %s: writers %s are silent, destroying agent %s", record.push_id, sorted(silent), self.incarnation
             )
-            self._heartbeat.close(timeout_s=0)  # a beat under way may hang with the server, and its source leads nowhere now
+            self._heartbeat.close(timeout_s=0)  # a beat may hang with its server, and its source leads nowhere now
             self._agent.close()
             self._agent = self._new_agent()
         else:
