@@ -26,14 +26,16 @@ from weightsync.rendezvous.incarnation import RankKey, replica_ranks
 from weightsync.rendezvous.modelexpress import EngineDescriptor, Rendezvous
 from weightsync.rendezvous.records import PushRecord
 from weightsync.slots import SlotArena
+from weightsync.telemetry import Span
 from weightsync.transport import Agent, Region, Transfer, TransferState
 from weightsync.waiting import Deadline
 
 logger = logging.getLogger(__name__)
 
 TRANSFER_POLL_S = 0.0005
-GRACE_S = 10.0
-"""After the deadline a transfer gets so long to become terminal; then only the end of this process stops it."""
+GRACE_S = 1.5
+"""After the deadline a transfer gets so long to become terminal; then only the end of this process stops it. Whoever waits for
+another rank's word on a push gives it as much: no wait outlives the deadline by 2 s."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +175,17 @@ class Writer:
                 transfer.release()
         self._peers.clear()
 
+    def wire_spans(self, record: PushRecord) -> list[Span]:
+        """The wire to each peer of a push that was just written, as NIXL measured it."""
+        spans = []
+        for peer in self._peers_of(record):
+            measured = [times for transfer in peer.prepared if (times := transfer.measured()) is not None]
+            if measured:
+                began = min(at for at, _ in measured)
+                ended = max(at + seconds for at, seconds in measured)
+                spans.append(Span("wire", began, ended - began, peer.agent_name, peer.length_bytes))
+        return spans
+
     def _peers_of(self, record: PushRecord) -> list[_Peer]:
         return [self._peers[key] for replica, word in record.members.items() for key in replica_ranks(replica, word)]
 
@@ -273,7 +286,9 @@ class Writer:
         )
 
     def _wait_terminal(self, transfers: Sequence[Transfer], deadline: Deadline, push_id: str) -> None:
-        while any(transfer.in_flight for transfer in transfers):
+        while [
+            transfer for transfer in transfers if transfer.in_flight
+        ]:  # each is polled, so that NIXL sees when it ends
             if deadline.left_s < -GRACE_S:
                 self._end_process([transfer for transfer in transfers if transfer.in_flight], push_id)
             time.sleep(TRANSFER_POLL_S)
@@ -281,7 +296,7 @@ class Writer:
     def _end_process(self, stuck: Sequence[Transfer], push_id: str) -> None:
         peers = ", ".join(transfer.peer for transfer in stuck[:5])
         logger.critical(
-            "push %s: %d transfers in flight %.0f s after the deadline, to %s; ending this process: nothing else stops them",
+            "push %s: %d transfers in flight %.1f s after the deadline, to %s; ending this process: nothing else stops them",
             push_id,
             len(stuck),
             GRACE_S,

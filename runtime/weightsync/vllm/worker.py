@@ -96,11 +96,16 @@ def _make_receiver(model: torch.nn.Module, rank: int, replica: str) -> Receiver:
     )
 
 
-def trace_model(model: torch.nn.Module, sources: list[SourceTensor]) -> TargetLayout:
-    """Ask the model's own `load_weights` where each element of each parameter comes from; copies nothing."""
+def trace_model(
+    model: torch.nn.Module, sources: list[SourceTensor], faults: dict[str, str] | None = None
+) -> TargetLayout:
+    """Ask the model's own `load_weights` where each element of each parameter comes from; copies nothing.
+
+    `faults`: as of `trace_loader`.
+    """
     import vllm
 
-    layout = trace_loader(model.load_weights, dict(model.named_parameters()), sources)  # type: ignore[arg-type, operator]
+    layout = trace_loader(model.load_weights, dict(model.named_parameters()), sources, faults=faults)  # type: ignore[arg-type, operator]
     meta = {
         "vllm": vllm.__version__,
         "model": type(model).__name__,
