@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from tests.dataplane.family_makers import randomized, saved
@@ -29,14 +31,16 @@ _SIZES: dict[str, Any] = dict(
 """Sizes that vLLM takes in FP8 at TP 2: each rank has whole blocks. The vocabulary is padded to 512."""
 _QWEN = ("qwen3_moe", {**_SIZES, "num_experts": 4})
 _ROUTED = dict(n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, n_group=2, topk_group=1)
+_PREDICTS = dict(num_nextn_predict_layers=1)
+"""As published: the checkpoint has a layer more (MTP), which neither the trainer's module nor the engine's main model has."""
 _MLA = dict(q_lora_rank=96, kv_lora_rank=64, qk_rope_head_dim=32, qk_nope_head_dim=32, v_head_dim=64)
 _NOAUX = dict(topk_method="noaux_tc", scoring_func="sigmoid")
 """As published; without it vLLM's router has no bias."""
 FORMATS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "bf16": _QWEN,
     "bf16, dense and tied": ("llama", {**_SIZES, "tie_word_embeddings": True}),
-    "fp32 router": ("glm4_moe", {**_SIZES, **_ROUTED, "use_qk_norm": True}),
-    "fp32 router, MLA": ("deepseek_v3", {**_SIZES, **_ROUTED, **_MLA, **_NOAUX}),
+    "fp32 router": ("glm4_moe", {**_SIZES, **_ROUTED, **_PREDICTS, "use_qk_norm": True}),
+    "fp32 router, MLA": ("deepseek_v3", {**_SIZES, **_ROUTED, **_PREDICTS, **_MLA, **_NOAUX}),
     "fp8": _QWEN,
     "fp8 ue8m0": _QWEN,
 }
@@ -55,6 +59,12 @@ SOURCES: Mapping[str, tuple[int, Parallelize]] = {
     "tp 2 x fsdp 2": (4, tp_fsdp),
 }
 """Ranks, and how a trainer shards its model over them."""
+
+
+MTP = {
+    f"model.layers.{_SIZES['num_hidden_layers']}.{name}.weight": shape
+    for name, shape in {"eh_proj": (256, 512), "enorm": (256,), "hnorm": (256,), "shared_head.norm": (256,)}.items()
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,3 +114,5 @@ def write_checkpoints(folder: Path) -> None:
         saved(make_model(format_), plain if format_ in TRANSFER else folder / format_)
         if format_ in TRANSFER:
             quantize_checkpoint(plain, folder / format_, ue8m0=format_.endswith("ue8m0"))
+        if "num_nextn_predict_layers" in FORMATS[format_][1]:
+            save_file({name: torch.ones(shape) for name, shape in MTP.items()}, folder / format_ / "mtp.safetensors")

@@ -18,6 +18,7 @@ import torch
 
 from tests.dataplane.layout_sources import (
     FORMATS,
+    MTP,
     SOURCES,
     TARGETS,
     TRANSFER,
@@ -100,3 +101,13 @@ def test_every_byte_is_what_a_fresh_engine_loads(source: str, target: str, forma
         pad(memory, layout.fills)
         assert sorted(memory) == sorted(loaded)
         assert [n for n, found in memory.items() if not torch.equal(found.view(torch.uint8), loaded[n])] == []
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("format_", ["fp32 router", "fp32 router, MLA"])
+def test_layers_that_the_trainers_module_lacks_are_not_wanted_either(format_: str, folder: Path) -> None:
+    """Published checkpoints have a layer that predicts further tokens: offered to the engine's loader, it is left unused."""
+    layout = TargetLayout.from_bytes(torch.load(folder / f"{format_}-tp 1-0.pt")[0])
+    held = {tensor.name for tensor in trainer("plain", format_)[0].tensors}
+    assert set(layout.unused) == set(MTP)
+    assert {source.name for source in layout.sources} == held

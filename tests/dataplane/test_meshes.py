@@ -50,7 +50,9 @@ def rank_of(mesh: TrainerMesh, rank: int) -> Iterator[DeviceMesh]:
 
 
 def parameters_of(model: nn.Module) -> list[Parameter]:
-    return [Parameter(name, tuple(p.shape), QWEN_MOE.parts(name, tuple(p.shape))) for name, p in model.named_parameters()]
+    return [
+        Parameter(name, tuple(p.shape), QWEN_MOE.parts(name, tuple(p.shape))) for name, p in model.named_parameters()
+    ]
 
 
 @pytest.mark.failure_mode(6)
