@@ -36,6 +36,7 @@ class WorkerExtension:
 
     model_runner: Any
     rank: int
+    weight_transfer_engine: Any
 
     def weightsync_start(self, replica: str) -> str:
         """Trace the loader, offer the live parameters and describe them. Repeating it only describes."""
@@ -62,6 +63,13 @@ class WorkerExtension:
     def weightsync_abort(self, push_id: str, reason: str) -> str:
         """The push is aborted."""
         return _guarded(lambda: self._weightsync_receiver.abort(push_id, reason))
+
+    def weightsync_require_whole(self) -> None:
+        """Raises what vLLM's native weight transfer has torn. It raises because of several engines only the first one's answer
+        comes back, but every one's error."""
+        torn = getattr(self.weight_transfer_engine, "torn", "")
+        if torn:
+            raise WeightSyncError(torn)
 
 
 def _answer(description: Any) -> str:
