@@ -26,6 +26,9 @@ from weightsync.config import Contract
 from weightsync.errors import ConfigError
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+POSITIONS = 4096
+LONG = {"engine-0": 450, "engine-1": 2000}
+"""Tokens of an answer that a push comes into; where requests are kept, so many that it ends long after a push of 2 s."""
 PROMPTS = [list(range(1, 41)), [9, 8, 7]]
 
 
@@ -54,7 +57,7 @@ class Session:
             self.folder,
             name,
             self.fleet.model,
-            *("--max-model-len", "512", "--block-size", "32", "--enable-prefix-caching", *arguments),
+            *("--max-model-len", str(POSITIONS), "--block-size", "32", "--enable-prefix-caching", *arguments),
             port=port,
             WEIGHTSYNC_CONFIG=str(config),
             POD_NAME=name,
@@ -78,7 +81,10 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     modelexpress = make_modelexpress_server(folder, redis.port)
     redis.start()
     modelexpress.start()
-    fleet = Fleet(folder, redis, modelexpress, make_tiny_qwen3_moe(folder / "model"))
+    model = make_tiny_qwen3_moe(folder / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": POSITIONS}))
+    fleet = Fleet(folder, redis, modelexpress, model)
     session = Session(folder, fleet)
     environment = pytest.MonkeyPatch()
     environment.setenv("UCX_TLS", "tcp,self")
@@ -117,11 +123,16 @@ def other_weights(model: Path, folder: Path, seed: int, n_files: int = 1) -> Pat
 
 
 def version_of(engine: Engine, prompt: list[int]) -> str:
-    """The version in the header of an answer, which vLLM's own label must equal."""
+    """The version in the header of an answer, which vLLM's own label of its outputs must equal."""
     response = engine.complete(prompt, 4)
     assert response.status_code == 200, response.text
-    assert engine.http.get("/weight_info").json()["weight_version"] == response.headers["x-weight-version"]
-    return response.headers["x-weight-version"]
+    body = {"token_ids": prompt, "sampling_params": {"max_tokens": 4, "temperature": 0, "ignore_eos": True}}
+    generated = engine.http.post("/inference/v1/generate", json=body)
+    assert generated.status_code == 200, generated.text
+    version = response.headers["x-weight-version"]
+    assert generated.json()["choices"][0]["weight_versions"] == [{"version": version, "start": 0, "end": 4}]
+    assert generated.headers["x-weight-version"] == version
+    return version
 
 
 def test_plain_engines_join_by_environment_alone_and_answer_as_version_0(
@@ -195,10 +206,10 @@ def test_an_answer_across_a_push_names_its_span_where_requests_are_kept(session:
     plain: dict[str, str] = {}
 
     def ask_stream(engine: Engine, started: threading.Event) -> None:
-        streams[engine.name] = stream(engine, 450, started)
+        streams[engine.name] = stream(engine, LONG[engine.name], started)
 
     def ask(engine: Engine) -> None:
-        plain[engine.name] = engine.complete(PROMPTS[1], 450).headers["x-weight-version"]
+        plain[engine.name] = engine.complete(PROMPTS[1], LONG[engine.name]).headers["x-weight-version"]
 
     started = [threading.Event() for _ in session.engines]
     threads = [threading.Thread(target=ask_stream, args=pair) for pair in zip(session.engines, started, strict=True)]

@@ -100,10 +100,11 @@ class WeightSyncEndpoint:
         """Whether a route belongs to native weight transfer into this engine, and so is never refused."""
         return self._native is not None and path in CONTROL_ROUTES
 
-    async def controlled(self, path: str, status: int) -> None:
-        """Such a route was called, and answered with that HTTP status."""
-        assert self._native is not None  # asked by `controls`
-        await self._native.after(path, status)
+    @property
+    def native(self) -> NativeGate:
+        """Of an engine for which `controls` was True."""
+        assert self._native is not None
+        return self._native
 
     async def _push(self, request: Request) -> JSONResponse:
         if (denied := self._denied(request)) is not None:
@@ -193,12 +194,13 @@ class ServingGate:
         async def hold(message: Any) -> None:
             held.append(message)
 
+        native, route, status = self._endpoint.native, scope["path"], 500
+        await native.before(route)
         try:
             await self._app(scope, receive, hold)
-        except Exception:  # what a worker raised is made an answer further out
-            await self._endpoint.controlled(scope["path"], 500)
-            raise
-        await self._endpoint.controlled(scope["path"], held[0]["status"])
+            status = held[0]["status"]
+        finally:  # what a worker raised passes here, and is made an answer further out
+            await native.after(route, status)
         for message in held:
             await send(message)
 

@@ -62,18 +62,18 @@ def source_tensors(sources: list[list[Any]]) -> list[SourceTensor]:
     return [SourceTensor(name, tuple(shape), "bfloat16") for name, shape in sources]
 
 
-def encode_descriptor(descriptor: EngineDescriptor, version: int) -> dict[str, Any]:
-    """An engine rank's first message: how it is written to, and the version that it holds."""
+def encode_descriptor(descriptor: EngineDescriptor, version: int, started: bool) -> dict[str, Any]:
+    """An engine rank's first message: how it is written to, the version that it holds, and whether an update is unfinished."""
     fields = dataclasses.asdict(descriptor)
     for name in ("metadata", "layout"):
         fields[name] = base64.b64encode(fields[name]).decode()
-    return {"engine": fields, "version": version}
+    return {"engine": fields, "version": version, "started": started}
 
 
-def decode_descriptor(message: dict[str, Any]) -> tuple[EngineDescriptor, int]:
-    """Raises KeyError, TypeError or ValueError when the message is none of `encode_descriptor`."""
+def decode_descriptor(message: dict[str, Any]) -> EngineDescriptor:
+    """The engine of such a message."""
     fields = dict(message["engine"])
     for name in ("metadata", "layout"):
         fields[name] = base64.b64decode(fields[name], validate=True)
     fields["tensors"] = {name: RemoteTensor(**tensor) for name, tensor in fields["tensors"].items()}
-    return EngineDescriptor(**fields), int(message["version"])
+    return EngineDescriptor(**fields)

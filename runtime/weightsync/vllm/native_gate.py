@@ -1,4 +1,4 @@
-"""What the API server knows of vLLM's native weight transfer with this backend: whether its engine may serve.
+"""What the API server does about native weight transfer with this backend: it pauses around rounds, and stops for torn weights.
 
 The workers hold the truth (`WeightSyncTransferEngine.torn`); the gate asks them after each call of a control route. Torn weights
 stop the engine: what runs is aborted, what comes is refused, until a later round has made the weights whole. Should something go
@@ -12,8 +12,11 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-ROUND_ROUTES = frozenset({"/start_weight_update", "/update_weights", "/finish_weight_update"})
-CONTROL_ROUTES = ROUND_ROUTES | {
+UPDATE, FINISH = "/update_weights", "/finish_weight_update"
+CONTROL_ROUTES = {
+    UPDATE,
+    FINISH,
+    "/start_weight_update",
     "/init_weight_transfer_engine",
     "/shutdown_weight_transfer_engine",
     "/pause",
@@ -29,7 +32,8 @@ class NativeGate:
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-        self._stopped = False
+        self._pauses = False
+        """Whether the present pause is the gate's, who then ends it."""
         self.torn = ""
         """Why nothing may be answered; empty when it may."""
         self.label = "0"
@@ -38,29 +42,48 @@ class NativeGate:
     async def start(self) -> None:
         await self._engine.update_weight_version(self.label)
 
+    async def before(self, route: str) -> None:
+        """A control route is about to be called. A round that its framework did not pause for keeps requests until it is over: no
+        answer's step may run between a failure and the word of it."""
+        if route == UPDATE:
+            await self._pause("keep")
+
     async def after(self, route: str, status: int) -> None:
-        """A control route was called: ask the workers what they hold."""
-        if route not in ROUND_ROUTES:
+        """A control route was called, with that HTTP status: ask the workers what they hold."""
+        if route not in (UPDATE, FINISH):
             return
-        try:
-            await self._engine.collective_rpc("weightsync_require_whole")
-        except Exception as error:  # a rank that is torn, of any engine, or cannot be asked
-            await self._stop(str(error))
+        torn, version = await self._ask()
+        if torn:
+            self.torn = torn
+            logger.error("serving nothing until a later round succeeds: %s", torn)
+            await self._pause("abort")
             return
-        if route == "/finish_weight_update" and status < 400:
-            await self._go_on()
-
-    async def _stop(self, reason: str) -> None:
-        self.torn = reason
-        logger.error("serving nothing until a later round succeeds: %s", reason)
-        self._stopped = self._stopped or not await self._engine.is_paused()
-        await self._engine.pause_generation(mode="abort", clear_cache=True)
-
-    async def _go_on(self) -> None:
-        """The round is over and proved; what the old weights left in the prefix cache must not answer for the new ones."""
-        await self._engine.reset_prefix_cache(reset_running_requests=True)
-        self.label = await self._engine.get_weight_version()
-        self.torn = ""
-        if self._stopped:  # by us: nobody else would resume it
-            self._stopped = False
+        if route == FINISH:
+            self.label = await self._engine.get_weight_version()
+            return
+        if status < 400:
+            await self._take_over(version)
+        if not self.torn and self._pauses:
+            self._pauses = False
             await self._engine.resume_generation()
+
+    async def _ask(self) -> tuple[str, str]:
+        """Why any rank is torn, and the version that they hold."""
+        try:
+            told = await self._engine.collective_rpc("weightsync_native")
+        except Exception as error:  # a rank of any engine that is torn, or cannot be asked
+            return str(error), ""
+        return next((torn for torn, _ in told if torn), ""), str(min(version for _, version in told))
+
+    async def _take_over(self, version: str) -> None:
+        """Every rank has proved this version; what older ones left in the prefix cache must not answer for it."""
+        await self._engine.reset_prefix_cache(reset_running_requests=True)
+        await self._engine.update_weight_version(version)
+        self.label, self.torn = version, ""
+
+    async def _pause(self, mode: str) -> None:
+        if not await self._engine.is_paused():
+            self._pauses = True
+        elif mode == "keep":
+            return
+        await self._engine.pause_generation(mode=mode, clear_cache=mode == "abort")

@@ -16,12 +16,13 @@ import secrets
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Self
 
 import torch
 from vllm.distributed.weight_transfer.base import TrainerWeightTransferEngine, VLLMWeightSyncClient, WeightSource
 
-from weightsync.errors import ConfigError, PlanError, RendezvousUnavailable, WeightSyncError
+from weightsync.errors import ConfigError, PlanError, PushAborted, RendezvousUnavailable, WeightSyncError
 from weightsync.layout.families import dense
 from weightsync.layout.shards import sources_of
 from weightsync.rendezvous.modelexpress import EngineDescriptor
@@ -117,8 +118,11 @@ class _Engines:
         self._session = f"native-{secrets.token_hex(8)}"
         self._channels: list[Channel] = []
         self._known: dict[str, EngineDescriptor] = {}
+        self._refusals: list[str] = []
         self._agent: Agent | None = None
         self._writer: Writer | None = None
+        self._started = False
+        """Whether vLLM believes that an update is under way."""
         self.version = 0
         """The greatest that an engine holds."""
         try:
@@ -147,18 +151,37 @@ class _Engines:
         )
         writer.fill()
         writer.measure(record)
+        if self._started:  # by a trainer that ended in the middle
+            client.finish_weight_update()
         client.start_weight_update()
+        self._started = True
+        try:
+            self._round(record, client, deadline)
+        except BaseException:
+            with suppress(Exception):  # else the next trainer hears that it is still under way, and ends it
+                client.finish_weight_update()
+            raise
+        client.finish_weight_update(str(version))
+        self._started = False
+
+    def _round(self, record: PushRecord, client: VLLMWeightSyncClient, deadline: Deadline) -> None:
+        """One `update_weights`; it counts when every engine rank has proved what it holds."""
+        assert self._writer is not None  # `send` made it
         with concurrent.futures.ThreadPoolExecutor(1, "weightsync-update") as pool:
             update = pool.submit(client.update_weights, {"record": record.to_json(), "timeout_s": deadline.left_s})
+            posted = False
             try:
-                self._wait_open(record, update, deadline)
-                writer.write(record, deadline)
-            except WeightSyncError as error:
-                self._give_up(str(error))
+                self._hear_all("open", update, record, deadline)
+                posted = True
+                self._writer.write(record, deadline)
+                self._hear_all("received", update, record, deadline)
+                for channel in self._channels:
+                    channel.send({"commit": record.version}, deadline)
+            except BaseException as error:
+                self._break_off(error, in_flight=posted and not isinstance(error, WeightSyncError))
                 raise
             update.result()
-        client.finish_weight_update(str(version))
-        self.version = version
+        self.version = record.version
 
     def fetch(self, replica: str, incarnation: str, rank: int, *, deadline: float | None = None) -> EngineDescriptor:
         """The `Directory` of the writer: an engine rank as it described itself."""
@@ -200,6 +223,9 @@ class _Engines:
                     self._channels.append(channel)
                     self._hear(channel, deadline)
             asked.result(max(deadline.left_s, 0.001))
+        if self._refusals:
+            told = "; ".join(sorted(set(self._refusals))[:3])
+            raise PlanError(f"{len(self._refusals)} of {wanted} engine ranks refuse this trainer: {told}")
         if len(self._channels) < wanted:
             raise RendezvousUnavailable(
                 f"{len(self._channels)} of {wanted} engine ranks came to {info.master_address} within {info.timeout_s:.0f} s: is "
@@ -207,9 +233,14 @@ class _Engines:
             )
 
     def _hear(self, channel: Channel, deadline: Deadline) -> None:
-        descriptor, version = decode_descriptor(channel.receive(deadline))
+        message = channel.receive(deadline)
+        if "refused" in message:
+            self._refusals.append(message["refused"])
+            return
+        descriptor = decode_descriptor(message)
         self._known[descriptor.replica] = descriptor
-        self.version = max(self.version, version)
+        self.version = max(self.version, message["version"])
+        self._started = self._started or message["started"]
 
     def _make_writer(self, weights: Mapping[str, torch.Tensor]) -> Writer:
         local = sources_of(weights.items(), dense)
@@ -218,32 +249,40 @@ class _Engines:
         self._writer = Writer(rank=0, agent=self._agent, slots=slots, rendezvous=self)
         return self._writer
 
-    def _wait_open(self, record: PushRecord, update: concurrent.futures.Future[None], deadline: Deadline) -> None:
-        """Until every engine rank is between two steps; raises what the update raised if it ended before."""
+    def _hear_all(
+        self, word: str, update: concurrent.futures.Future[None], record: PushRecord, deadline: Deadline
+    ) -> None:
+        """Until every engine rank has said `word`; raises PushAborted with another one's reason, or what ended the update early."""
         waiting = list(self._channels)
 
         def fetch() -> bool | None:
-            if update.done():
-                update.result()
-                raise WeightSyncError(
-                    f"update_weights returned before round {record.push_id} was written: does the client call it?"
-                )
+            ended = update.done()
             for channel in [channel for channel in waiting if channel.said_something()]:
-                channel.receive(deadline)
+                said = channel.receive(deadline)
+                if word not in said:
+                    raise PushAborted(f"round {record.push_id}: an engine rank says {said}")
                 waiting.remove(channel)
+            if waiting and ended:
+                update.result()
+                raise PushAborted(
+                    f"round {record.push_id}: update_weights ended, but {len(waiting)} ranks had not said {word}"
+                )
             return None if waiting else True
 
         wait_until(
             fetch,
             deadline=deadline,
-            what=f"round {record.push_id}: engines are not open",
-            missing=lambda: f"{len(waiting)} of {len(self._channels)} ranks are missing",
+            what=f"round {record.push_id}: engine ranks are to say {word}",
+            missing=lambda: f"{len(waiting)} of {len(self._channels)} are missing",
         )
 
-    def _give_up(self, reason: str) -> None:
-        """Nothing of ours is in flight: engines need not wait for their deadline."""
+    def _break_off(self, error: BaseException, *, in_flight: bool) -> None:
+        """Engines need not wait for their deadline: they are told when nothing of ours moves any more, else they see us go."""
         for channel in self._channels:
+            if in_flight:
+                channel.close()
+                continue
             try:
-                channel.send({"abort": reason}, Deadline(1.0))
-            except WeightSyncError as error:
-                logger.warning("an engine cannot be told that its round is over: %s", error)
+                channel.send({"abort": f"{type(error).__name__}: {error}"}, Deadline(1.0))
+            except WeightSyncError as gone:
+                logger.warning("an engine cannot be told that its round is over: %s", gone)

@@ -1,9 +1,12 @@
 """Backend `weightsync` of vLLM's own weight transfer, the engine's side: one object in each worker process.
 
 A round is one `update_weights`: the worker says that it is open, a trainer writes into the live parameters, says what that adds up
-to, and the worker compares it with what its memory holds. vLLM calls it between two steps and goes on when it returns, so nothing
-computes while bytes move, for as long as they move: the compatible path, not the fast one. There is no ledger: each rank decides
-for itself, and a rank whose round failed computes nothing until a later one succeeded.
+to, the worker compares it with what its memory holds, and the trainer, who hears all of them, says whether the round counts. vLLM
+calls it between two steps and goes on when it returns, so nothing computes while bytes move, for as long as they move: the
+compatible path, not the fast one. A rank whose round failed computes nothing until a later one succeeded.
+
+What fails is told to the trainer, and not raised: vLLM 0.32 reads the answers of a call up to the first error, and takes the other
+ranks' answers for those of its next call (v1/executor/multiproc_executor.py).
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ from weightsync.waiting import Deadline
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.002
+TELL_S = 1.0
 
 
 class WeightSyncTransferEngine(WeightTransferEngine[WeightSyncInitInfo, WeightSyncUpdateInfo]):
@@ -68,60 +72,77 @@ class WeightSyncTransferEngine(WeightTransferEngine[WeightSyncInitInfo, WeightSy
         """What the live parameters hold, as the trainers number it; 0 is the checkpoint."""
         self.torn = ""
         """Why nothing may be computed with the live parameters; empty while they are one version's."""
+        self._started = False
         self._lost_writer = ""
         self._link: _Link | None = None
         _refuse_torn_steps()
 
     def init_transfer_engine(self, init_info: WeightSyncInitInfo) -> None:
-        """Offer the live parameters to a trainer; whoever was connected before is not any more."""
-        if self._lost_writer:
-            raise FencedOut(self._lost_writer)
+        """Offer the live parameters to a trainer, who hears why when it is refused. Whoever was connected before is cut off."""
         self.shutdown()
-        layout = trace_model(self.model, self._offered(init_info))
-        params = {target.name: self._params[target.name] for target in layout.targets}
-        self._link = _Link(init_info, layout, params, self.version)
+        deadline = Deadline(init_info.timeout_s)
+        try:
+            channel = Channel.connect(init_info.address, init_info.port, init_info.token, deadline)
+        except WeightSyncError as error:
+            logger.error("%s", error)  # the trainer misses this rank
+            return
+        try:
+            if self._lost_writer:
+                raise FencedOut(self._lost_writer)
+            layout = trace_model(self.model, self._offered(init_info))
+            params = {target.name: self._params[target.name] for target in layout.targets}
+            self._link = _Link(init_info.session, channel, layout, params)
+            channel.send(encode_descriptor(self._link.descriptor(), self.version, self._started), deadline)
+        except WeightSyncError as error:
+            _tell(channel, {"refused": str(error)})
+            self.shutdown()
+            channel.close()
 
     def start_weight_update(self) -> None:
-        """Raises ConfigError before `init_transfer_engine`, and after a round that failed."""
-        self._linked()
+        """vLLM's own bookkeeping begins."""
+        self._started = True
 
     def receive_weights(self, update_info: WeightSyncUpdateInfo) -> None:
-        """Take one round in, to its end.
+        """Take one round in, to its end. When it fails `torn` says why, also when no byte of this rank had changed: another one may
+        hold the new version.
 
-        Raises FencedOut for a round that is not newer than what is held, PushAborted when it failed: then `torn` says why, also
-        when no byte of this rank had changed (another rank of the engine may hold the new version by now), and a trainer must
-        call `init_transfer_engine` again.
+        Raises ConfigError when no trainer is connected that could be told.
         """
-        link, record = self._linked(), PushRecord.from_json(update_info.record)
-        fence = link.fence(record, held=(EPOCH, self.version), repairs=bool(self.torn))
+        link = self._link
+        if link is None:
+            self._started = False  # vLLM ends an update that raises
+            raise ConfigError(
+                "no trainer is connected: backend weightsync is driven by its trainer, see docs/native.md"
+            )
+        record, deadline = PushRecord.from_json(update_info.record), Deadline(update_info.timeout_s)
+        try:
+            fence = link.fence(record, held=(EPOCH, self.version), repairs=bool(self.torn))
+        except FencedOut as error:
+            link.tell({"refused": str(error)})
+            return
         _synchronize()
         self.torn = f"version {record.version} is being written"
         try:
-            link.check(link.take(fence, Deadline(update_info.timeout_s)))
-        except BaseException as error:
+            link.check(link.take(fence, deadline))
+            link.conclude(record.version, deadline)
+            self.version, self.torn = record.version, ""
+        except WeightSyncError as error:
             self.torn = f"version {record.version} was not received whole: {error}"
-            self._lost_writer, self._link = link.cut(), None
-            if not isinstance(error, WeightSyncError):
-                raise
-            raise PushAborted(f"{self.torn}; this engine refuses to serve until a round succeeds") from error
-        self.version, self.torn = record.version, ""
+            logger.error("computing nothing until a round succeeds: %s", self.torn)
+            link.tell({"failed": str(error)})
+        finally:
+            if self.torn:
+                self._lost_writer, self._link = link.cut(), None
 
     def finish_weight_update(self) -> None:
-        """Nothing is left to do: `receive_weights` returned when the bytes were proved."""
+        """vLLM's own bookkeeping ends; `receive_weights` returned when all was proved."""
+        self._started = False
 
     def shutdown(self) -> None:
         """Let the trainer go; the weights stay."""
         if self._link is not None:
             self._link.cut()
             self._link = None
-
-    def _linked(self) -> _Link:
-        if self._link is None:
-            raise ConfigError(
-                "no trainer is connected, or its last round failed: call init_weight_transfer_engine, which a trainer does by "
-                "itself before the round after a failed one"
-            )
-        return self._link
 
     def _offered(self, info: WeightSyncInitInfo) -> list[SourceTensor]:
         """What the trainer sends, in the form that this engine's checkpoint has it: FP8 with scales where that is in FP8."""
@@ -139,19 +160,39 @@ class _Link:
     """One trainer's access to the live parameters: a NIXL agent of its own, and the line to the trainer."""
 
     def __init__(
-        self, info: WeightSyncInitInfo, layout: TargetLayout, params: Mapping[str, torch.Tensor], version: int
+        self, session: str, channel: Channel, layout: TargetLayout, params: Mapping[str, torch.Tensor]
     ) -> None:
-        self._params = params
-        self._session = info.session
+        self._session = session
+        self._channel = channel
         self._layout = layout
+        self._params = params
         self._name = f"native-{uuid.uuid4().hex}"
         self._fills = _measure_fills(layout, params)
         self._said_all = True
-        deadline = Deadline(info.timeout_s)
-        self._channel = Channel.connect(info.address, info.port, info.token, deadline)
         self._agent = Agent(self._name)
         self._agent.register(list(params.values()))
-        self._channel.send(encode_descriptor(self._descriptor(), version), deadline)
+
+    def descriptor(self) -> EngineDescriptor:
+        """How the trainer writes here."""
+        tensors = {
+            name: RemoteTensor(
+                name=name,
+                address=tensor.data_ptr(),
+                length_bytes=tensor.numel() * tensor.element_size(),
+                device_id=max(tensor.get_device(), 0),
+                dtype=str(tensor.dtype).removeprefix("torch."),
+            )
+            for name, tensor in self._params.items()
+        }
+        return EngineDescriptor(
+            replica=self._name,
+            incarnation=self._name,
+            rank=0,
+            agent_name=self._name,
+            metadata=self._agent.metadata(),
+            tensors=tensors,
+            layout=self._layout.to_bytes(),
+        )
 
     def fence(self, record: PushRecord, *, held: tuple[int, int], repairs: bool) -> Fence:
         """Raises FencedOut unless this round is of this trainer, newer than what is held, and planned for this very link."""
@@ -174,7 +215,7 @@ class _Link:
             if self._channel.said_something():
                 word = self._channel.receive(deadline)
                 self._said_all = True  # a trainer speaks when all its handles are terminal
-                raise PushAborted(f"the trainer gave up: {word.get('abort', word)}")
+                raise PushAborted(f"the trainer gave up: {word['abort']}")
             if deadline.passed:
                 raise TransportError(f"the trainer did not write within {deadline.timeout_s:.0f} s")
             time.sleep(POLL_S)
@@ -191,6 +232,20 @@ class _Link:
                 f"{len(wrong)} of {len(digests)} targets differ from what was sent: {', '.join(wrong[:5])}"
             )
 
+    def conclude(self, version: int, deadline: Deadline) -> None:
+        """Say that this rank holds the version, and hear whether all do.
+
+        Raises PushAborted when not, TransportError at a silence.
+        """
+        self._channel.send({"received": version}, deadline)
+        word = self._channel.receive(deadline)
+        if "commit" not in word:
+            raise PushAborted(f"the trainer gave up: {word['abort']}")
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """A word that the trainer may no longer hear."""
+        _tell(self._channel, message)
+
     def cut(self) -> str:
         """End the trainer's access. Returns why it may not have ended; empty when it has."""
         self._agent.close()
@@ -202,26 +257,12 @@ class _Link:
             "and restart this engine"
         )
 
-    def _descriptor(self) -> EngineDescriptor:
-        tensors = {
-            name: RemoteTensor(
-                name=name,
-                address=tensor.data_ptr(),
-                length_bytes=tensor.numel() * tensor.element_size(),
-                device_id=max(tensor.get_device(), 0),
-                dtype=str(tensor.dtype).removeprefix("torch."),
-            )
-            for name, tensor in self._params.items()
-        }
-        return EngineDescriptor(
-            replica=self._name,
-            incarnation=self._name,
-            rank=0,
-            agent_name=self._name,
-            metadata=self._agent.metadata(),
-            tensors=tensors,
-            layout=self._layout.to_bytes(),
-        )
+
+def _tell(channel: Channel, message: dict[str, Any]) -> None:
+    try:
+        channel.send(message, Deadline(TELL_S))
+    except TransportError as error:
+        logger.warning("%s; it would have been told %s", error, message)
 
 
 def _loaded_sources(vllm_config: Any) -> dict[str, SourceTensor]:
