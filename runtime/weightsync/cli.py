@@ -12,7 +12,11 @@ import click
 
 from weightsync.errors import ConfigError, UnsupportedLayout, WeightSyncError
 
-COMMANDS = {"inspect": "plan a push from a model's config and two meshes, and count it"}
+COMMANDS = {
+    "inspect": "plan a push from a model's config and two meshes, and count it",
+    "push": "send a checkpoint into running engines, with no trainer",
+    "verify": "have engines measure their live memory again",
+}
 """Each has a module of its name in `weightsync.commands`, with a click command called `command`."""
 
 

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from typing import Protocol
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from weightsync.meter import WritesMeter
 from weightsync.plan import Plan, make_plan
 from weightsync.rendezvous.fencing import Notification
 from weightsync.rendezvous.incarnation import RankKey, replica_ranks
-from weightsync.rendezvous.modelexpress import EngineDescriptor, Rendezvous
+from weightsync.rendezvous.modelexpress import EngineDescriptor
 from weightsync.rendezvous.records import PushRecord
 from weightsync.slots import SlotArena
 from weightsync.telemetry import Span
@@ -36,6 +37,14 @@ TRANSFER_POLL_S = 0.0005
 GRACE_S = 1.5
 """After the deadline a transfer gets so long to become terminal; then only the end of this process stops it. Whoever waits for
 another rank's word on a push gives it as much: no wait outlives the deadline by 2 s."""
+
+
+class Directory(Protocol):
+    """Where a writer learns how an engine rank is written to: `rendezvous.modelexpress.Rendezvous` in a session."""
+
+    def fetch(
+        self, replica: str, incarnation: str, rank: int, *, deadline: float | None = None
+    ) -> EngineDescriptor: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +90,7 @@ class _Planned:
 class Writer:
     """Writes this rank's slot arena into engines; registers it with `agent` whenever it is laid out anew."""
 
-    def __init__(self, *, rank: int, agent: Agent, slots: SlotArena, rendezvous: Rendezvous) -> None:
+    def __init__(self, *, rank: int, agent: Agent, slots: SlotArena, rendezvous: Directory) -> None:
         self._rank = rank
         self._agent = agent
         self._slots = slots
