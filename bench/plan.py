@@ -61,7 +61,7 @@ CASES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--case", choices=list(CASES), action="append", help="run only this one; may be repeated")
     parser.add_argument("--writer", type=Path, help=argparse.SUPPRESS)

@@ -20,12 +20,14 @@ from weightsync import verify
 from weightsync.config import Contract, PodFacts
 from weightsync.errors import FencedOut, LedgerUnavailable, WeightSyncError
 from weightsync.layout.records import TargetLayout
+from weightsync.meter import TensorMeter
 from weightsync.rendezvous.fencing import Fence, Notification
 from weightsync.rendezvous.heartbeat import Heartbeat
 from weightsync.rendezvous.incarnation import replica_ranks
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.modelexpress import EngineDescriptor, RemoteTensor, Rendezvous, source_heartbeat
 from weightsync.rendezvous.records import PushRecord, Vote
+from weightsync.telemetry import Stopwatch
 from weightsync.transport import Agent
 from weightsync.waiting import Deadline
 from weightsync.wire import ReplicaState
@@ -66,6 +68,8 @@ class Description:
     seen_epoch: int
     digest: str
     reason: str
+    received_bytes: int = 0
+    """Payload that writers brought and this rank verified, since it began."""
 
 
 class Receiver:
@@ -97,11 +101,13 @@ class Receiver:
         self._lock = threading.RLock()
         self._process = f"{facts.uid}-{time.time_ns() // 1_000_000:x}"
         self._generation = 0
+        self._meter = TensorMeter(self._params)
         self._fills = self._measure_fills()
         self._state = ReplicaState.CLEAN
         self._reason = ""
         self._held = Held(epoch=0, version=0, digests=self._measure())
         self._seen_epoch = 0
+        self._received_bytes = 0
         self._reception: _Reception | None = None
         self._unsettled: tuple[PushRecord, frozenset[int]] | None = None
         self._heartbeat: Heartbeat
@@ -125,6 +131,7 @@ class Receiver:
                 seen_epoch=self._seen_epoch,
                 digest=self._held.digest,
                 reason=self._reason,
+                received_bytes=self._received_bytes,
             )
 
     def open(self, record: PushRecord) -> Description:
@@ -159,11 +166,11 @@ class Receiver:
 
     def abort(self, push_id: str, reason: str) -> Description:
         """The push ends without a commit. CLEAN again if no writer can reach us and the bytes are still the old ones."""
+        reception = self._reception
+        if reception is None or reception.record.push_id != push_id:
+            return self.describe()
+        reception.stop()  # its thread takes the lock before it ends
         with self._lock:
-            reception = self._reception
-            if reception is None or reception.record.push_id != push_id:
-                return self.describe()
-            reception.stop()
             self._reception = None
             self._settle(reception.record)
             untouched = self._unsettled is None and self._measure() == self._held.digests
@@ -189,9 +196,9 @@ class Receiver:
 
     def close(self) -> None:
         """Stop receiving and destroy the agent."""
+        if self._reception is not None:
+            self._reception.stop()
         with self._lock:
-            if self._reception is not None:
-                self._reception.stop()
             self._heartbeat.close()
             self._agent.close()
 
@@ -235,7 +242,7 @@ class Receiver:
             logger.warning(
                 "push %s: writers %s are silent, destroying agent %s", record.push_id, sorted(silent), self.incarnation
             )
-            self._heartbeat.close()
+            self._heartbeat.close(timeout_s=0)  # a beat may hang with its server, and its source leads nowhere now
             self._agent.close()
             self._agent = self._new_agent()
         else:
@@ -243,7 +250,7 @@ class Receiver:
 
     def _acknowledged(self, record: PushRecord) -> frozenset[int]:
         try:
-            return frozenset(self._ledger.until(time.monotonic() + 1.0).writer_reports(record.push_id))
+            return frozenset(self._ledger.until(time.monotonic()).writer_reports(record.push_id))  # one try
         except LedgerUnavailable:
             return frozenset()
 
@@ -280,15 +287,15 @@ class Receiver:
         """Digests of the elements that the loader filled and no writer touches, by target; they never change."""
         totals: dict[str, int] = {}
         for fill in self._layout.fills:
-            flat = self._params[fill.target].reshape(-1)[fill.offset : fill.offset + fill.numel]
+            flat = self._params[fill.target].reshape(-1)[fill.offset : fill.offset + fill.numel].cpu()
             totals[fill.target] = totals.get(fill.target, 0) + verify.digest_range(fill.target, fill.offset, flat)
         return totals
 
     def _measure(self) -> dict[str, int]:
         """Digest of each target as live memory holds it now."""
         if any(tensor.is_cuda for tensor in self._params.values()):
-            torch.cuda.synchronize()
-        return {name: verify.digest_tensor(name, tensor) for name, tensor in self._params.items()}
+            torch.cuda.synchronize()  # what a writer's completion made visible to the host must be so to our kernels
+        return self._meter.measure()
 
 
 class _Reception:
@@ -314,19 +321,21 @@ class _Reception:
     def _run(self) -> None:
         receiver, record = self._receiver, self.record
         try:
-            notes = self._collect()
+            watch = Stopwatch()
+            with watch.phase("wire"):
+                notes = self._collect()
             if notes is None:
                 return
-            started = time.monotonic()
-            faults = self._check(notes)
+            with watch.phase("verify"):
+                faults = self._check(notes)
             vote = Vote(
                 replica=receiver._replica,
                 rank=receiver._rank,
                 ok=not faults,
                 reason=faults,
                 digest=verify.to_hex(sum(self.digests.values())),
-                bytes=0 if faults else sum(t.numel() * t.element_size() for t in receiver._params.values()),
-                seconds_by_phase={"verify": time.monotonic() - started},
+                bytes=0 if faults else self._brought(notes),
+                spans=watch.told(receiver._ledger.clock_of),
             )
             with receiver._lock:
                 if self._stopped.is_set():
@@ -334,7 +343,8 @@ class _Reception:
                 receiver._reason = faults
                 if not faults:
                     receiver._state = ReplicaState.VERIFIED
-            receiver._ledger.vote(record.push_id, vote)
+                    receiver._received_bytes += vote.bytes
+            receiver._ledger.until(self._deadline.moment).vote(record.push_id, vote)
         except WeightSyncError as error:
             # The push ends by its deadline: the coordinator misses this vote, and the ledger's decision comes by RPC.
             logger.error(
@@ -368,6 +378,9 @@ class _Reception:
     def _check(self, notes: Mapping[int, Notification]) -> str:
         """Compare live memory with the sum of the writers' digests; returns what is wrong, in words, or nothing."""
         receiver = self._receiver
+        brought, wanted = self._brought(notes), receiver._layout.wanted_bytes
+        if brought != wanted:
+            return f"writers brought {brought} bytes of the {wanted} that this rank takes: do all run one version of weightsync?"
         self.digests = receiver._measure()
         wrong = []
         for index, name in enumerate(sorted(receiver._params)):
@@ -377,3 +390,8 @@ class _Reception:
         if not wrong:
             return ""
         return f"{len(wrong)} of {len(self.digests)} targets differ from what was sent: {', '.join(wrong[:5])}"
+
+    @staticmethod
+    def _brought(notes: Mapping[int, Notification]) -> int:
+        """Payload bytes that arrived, by the last words of all writers, whose digests prove them."""
+        return sum(note.bytes_written for note in notes.values())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from weightsync.rendezvous.pushes import PushLedger
+from weightsync.telemetry import Span, spans_of
 from weightsync.wire import JsonRecord, Keys, PushSummary
 
 
@@ -20,6 +21,11 @@ class Applied(JsonRecord):
     """Hexadecimal, of live memory before it served; one a rank, joined by `+`."""
     pause_seconds: float
     """From the request to pause until generation went on."""
+    spans: tuple[Span, ...] = ()
+    """Its pause, open, apply and resume."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spans", spans_of(self.spans))
 
 
 class HandshakeLedger(PushLedger):

@@ -20,7 +20,7 @@ PUSH_TTL_S = 86_400
 """A push's record outlives every reader of its decision, and then goes by itself."""
 
 
-DECISION_WAIT_S = 1.0
+DECISION_WAIT_S = 0.5
 """Shorter than the socket's timeout; who waits longer asks again, and finds out when the ledger lost the push."""
 
 

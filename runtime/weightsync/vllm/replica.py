@@ -16,12 +16,14 @@ from typing import Any, Protocol
 
 from weightsync.config import Contract, PodFacts
 from weightsync.errors import DeadlineExceeded, FencedOut, LedgerUnavailable, WeightSyncError
+from weightsync.metrics import ReplicaMetrics
 from weightsync.receiver import Description
 from weightsync.rendezvous.handshake import Applied
 from weightsync.rendezvous.heartbeat import Heartbeat
 from weightsync.rendezvous.incarnation import replica_incarnation
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.records import Member, PushRecord, Verdict
+from weightsync.telemetry import Stopwatch
 from weightsync.waiting import Deadline
 from weightsync.wire import Decision, ReplicaState, ReplicaStatus
 
@@ -99,6 +101,7 @@ class Replica:
         self._tasks: set[asyncio.Task[None]] = set()
         self._heartbeat = Heartbeat("replica", self._beat, interval_s=LEASE_S / 3)
         self._joined_at = 0.0
+        self._metrics = ReplicaMetrics()
         self.view = View()
 
     @property
@@ -108,6 +111,17 @@ class Replica:
     def refusal(self) -> str:
         """Why this replica must not serve now, in words; empty when it may."""
         return self.view.refusal(self._contract.transfer.max_version_skew)
+
+    def metrics(self) -> bytes:
+        """The text for a Prometheus scrape."""
+        view = self.view
+        return self._metrics.render(
+            state=view.state,
+            version=view.version,
+            committed=view.committed,
+            serving=not self.refusal(),
+            received_bytes=sum(rank.received_bytes for rank in view.ranks),
+        )
 
     def start(self) -> None:
         """Offer the engine's memory and join the session, in the background: the API server must come up meanwhile."""
@@ -123,15 +137,17 @@ class Replica:
         await self._supersede(record)
         await _within(self._busy.acquire(), deadline, "an earlier push is not over")
         try:
-            await self._pause(self._contract.transfer.pause_mode, deadline)
-            await self._rpc("weightsync_open", record.to_json())
-        except BaseException:
-            if self.view.state is not ReplicaState.DIRTY:
-                await self._engine.resume_generation()
+            watch = Stopwatch()
+            with watch.phase("pause"):
+                await self._pause(self._contract.transfer.pause_mode, deadline)
+            with watch.phase("open"):
+                await self._rpc("weightsync_open", record.to_json())
+        except BaseException as error:
+            await self._abort(record, f"not opened: {error}")  # some ranks may have opened
             self._busy.release()
             raise
         self._current = record
-        self._spawn(self._conclude(record, deadline, started), f"weightsync-{record.push_id}")
+        self._spawn(self._conclude(record, deadline, started, watch), f"weightsync-{record.push_id}")
         return {"replica": self.name, "state": self.view.state}
 
     async def verify(self) -> None:
@@ -148,13 +164,14 @@ class Replica:
             reason = f"superseded by epoch {record.epoch}"
             await asyncio.to_thread(self._ledger.decide, current.push_id, Decision.ABORT, reason)
 
-    async def _conclude(self, record: PushRecord, deadline: Deadline, started: float) -> None:
+    async def _conclude(self, record: PushRecord, deadline: Deadline, started: float, watch: Stopwatch) -> None:
         try:
             verdict = await self._await_verdict(record, deadline)
             if verdict.decision is Decision.COMMIT:
-                await self._commit(record, started)
+                await self._commit(record, started, watch)
             else:
                 await self._abort(record, verdict.reason)
+                self._metrics.aborted()
         finally:
             self._current = None
             self._busy.release()
@@ -162,15 +179,16 @@ class Replica:
 
     async def _await_verdict(self, record: PushRecord, deadline: Deadline) -> Verdict:
         """The ledger's decision. At the deadline this replica asks for ABORT itself; without a ledger it assumes it."""
+        ledger = self._ledger.until(deadline.moment)
         while True:
             try:
                 if deadline.passed:
                     reason = f"{self.name}: no decision within {deadline.timeout_s:.1f} s"
-                    return await asyncio.to_thread(self._ledger.decide, record.push_id, Decision.ABORT, reason)
-                verdict = await asyncio.to_thread(self._ledger.await_decision, record.push_id, deadline.left_s)
+                    return await asyncio.to_thread(ledger.decide, record.push_id, Decision.ABORT, reason)
+                verdict = await asyncio.to_thread(ledger.await_decision, record.push_id, deadline.left_s)
                 if verdict is None:
                     reason = f"{self.name}: the ledger lost push {record.push_id}"
-                    return await asyncio.to_thread(self._ledger.decide, record.push_id, Decision.ABORT, reason)
+                    return await asyncio.to_thread(ledger.decide, record.push_id, Decision.ABORT, reason)
                 if verdict.decision is not Decision.OPEN:
                     return verdict
             except LedgerUnavailable as error:
@@ -178,12 +196,20 @@ class Replica:
                     return Verdict(decision=Decision.ABORT, reason=f"ledger lost: {error}")
             await asyncio.sleep(DECISION_POLL_S)
 
-    async def _commit(self, record: PushRecord, started: float) -> None:
-        await self._rpc("weightsync_commit", record.push_id)
+    async def _commit(self, record: PushRecord, started: float, watch: Stopwatch) -> None:
+        with watch.phase("apply"):
+            await self._rpc("weightsync_commit", record.push_id)
         committed = max(self.view.committed or 0, record.version)
         self.view = dataclasses.replace(self.view, committed=committed)
-        await self._engine.resume_generation()
-        applied = Applied(replica=self.name, digest=self.view.digest, pause_seconds=time.monotonic() - started)
+        with watch.phase("resume"):
+            await self._engine.resume_generation()
+        applied = Applied(
+            replica=self.name,
+            digest=self.view.digest,
+            pause_seconds=time.monotonic() - started,
+            spans=watch.told(self._ledger.clock_of),
+        )
+        self._metrics.applied(applied)
         await asyncio.to_thread(self._report_applied, record.push_id, applied)
 
     def _report_applied(self, push_id: str, applied: Applied) -> None:
