@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import dataclasses
 import os
 import subprocess
 import sys
@@ -40,7 +39,9 @@ from weightsync.config import (
     RedisSection,
     TransferSection,
 )
+from weightsync.layout.families import DENSE
 from weightsync.layout.records import Copy, SourceTensor, Target, TargetLayout
+from weightsync.layout.shards import sources_of
 from weightsync.receiver import Receiver
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.modelexpress import Rendezvous
@@ -94,13 +95,13 @@ def push(contract: Contract, replicas: int, pushes: int, stack: ExitStack) -> di
     """Push from a trainer of one rank; the first pushes plan, connect and warm up."""
     ledger = stack.enter_context(Ledger.from_contract(contract))
     wait_joined(ledger, replicas)
-    model = Tiny()
+    weight = torch.zeros(ELEMENTS, dtype=torch.bfloat16)
+    local = sources_of([(PARAMETER, weight)], DENSE)
     facts = PodFacts(name="trainer-0", uid="bench", ip="127.0.0.1", epoch=None)
-    publisher = stack.enter_context(Publisher(model, contract=contract, facts=facts))
+    publisher = stack.enter_context(Publisher(local, contract=contract, facts=facts))
     taken = []
     for step in range(WARM_UP + pushes):
-        with torch.no_grad():
-            model.weight.fill_(step + 1)
+        weight.fill_(step + 1)
         started = time.perf_counter()
         told = publisher.push(step=step)
         taken.append(time.perf_counter() - started)
@@ -120,20 +121,6 @@ def push(contract: Contract, replicas: int, pushes: int, stack: ExitStack) -> di
         "pause_seconds": median([summary.pause_seconds for summary in summaries]),
         "phase_seconds": phases,
     }
-
-
-class Tiny(torch.nn.Module):
-    """A model of one vector."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = torch.nn.Module()
-        self.model.norm = torch.nn.Module()
-        self.weight = self.model.norm.weight = torch.nn.Parameter(torch.zeros(ELEMENTS, dtype=torch.bfloat16))
-        self.config = SimpleNamespace(to_dict=lambda: {"model_type": "llama"})
-
-    def named_parameters(self, *_: Any, **__: Any) -> Any:
-        return iter([(PARAMETER, self.weight)])
 
 
 def make_contract(folder: Path, redis_port: int, modelexpress: str) -> Contract:
@@ -194,18 +181,25 @@ class Worker(WorkerExtension):
         return self._weightsync_receiver
 
 
-@dataclasses.dataclass
 class Engine:
     """The part of vLLM's EngineClient that the plug-in uses."""
 
-    worker: Worker
+    vllm_config = SimpleNamespace(weight_transfer_config=None)
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    async def update_weight_version(self, new_version: str) -> None: ...
+
+    async def generate(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError("this engine computes nothing")
 
     async def pause_generation(self, *, mode: Any, clear_cache: bool) -> None: ...
 
     async def resume_generation(self) -> None: ...
 
     async def collective_rpc(self, method: str, timeout: float | None = None, args: tuple[Any, ...] = ()) -> list[Any]:
-        return [await asyncio.to_thread(getattr(self.worker, method), *args)]
+        return [await asyncio.to_thread(getattr(self._worker, method), *args)]
 
     async def check_health(self) -> None: ...
 

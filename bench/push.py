@@ -115,7 +115,8 @@ def prepare_product(
     agent: Agent, arena: torch.Tensor, held: list[SourceLayout], layout: TargetLayout, descriptor: EngineDescriptor
 ) -> tuple[Callable[[], None], np.ndarray, Any, Writer]:
     """A trainer rank's writer that has learnt the engine; its conversion and its rendezvous are stood in for."""
-    slots = SimpleNamespace(layouts=held, buffer=torch.empty(0), carries=lambda _: True)
+    whole = SimpleNamespace(stop_bytes=arena.nbytes)
+    slots = SimpleNamespace(layouts=held, buffer=torch.empty(0), groups=[whole], wants=lambda _: layout)
 
     def lay_out(_: Mapping[str, TargetLayout]) -> bool:
         slots.buffer = arena
