@@ -22,9 +22,7 @@ from weightsync.inspection.tracing import Refusal
 from weightsync.layout.meshes import EngineMesh, Parameter, TrainerMesh
 from weightsync.layout.records import Copy, SourceTensor, Target, TargetLayout
 
-REPOSITORY = Path(__file__).parents[2]
-MODELS = REPOSITORY / "bench" / "models"
-TIMEOUT_S = 280
+MODELS = Path(__file__).parents[2] / "bench" / "models"
 
 
 def two_layers(name: str, folder: Path, **changes: Any) -> Path:
@@ -37,9 +35,8 @@ def two_layers(name: str, folder: Path, **changes: Any) -> Path:
 
 def inspected(model: Path, *options: str, code: int = 0) -> dict[str, Any]:
     """The document that the command prints."""
-    command = [sys.executable, "-m", "weightsync.cli", "inspect", str(model), *options, "--json"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
+    done = CliRunner().invoke(main, ["inspect", str(model), *options, "--json"])
+    assert done.exit_code == code, done.output[-4000:]
     return json.loads(done.stdout)
 
 
