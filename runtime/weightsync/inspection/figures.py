@@ -29,7 +29,7 @@ _EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """A figure over ranks."""
+    """A figure over ranks; zeros over none."""
 
     least: int
     mean: int
@@ -37,6 +37,8 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[int] | np.ndarray) -> Spread:
+        if not len(values):
+            return cls(0, 0, 0)
         return cls(int(min(values)), round(sum(map(int, values)) / len(values)), int(max(values)))
 
 
