@@ -20,6 +20,7 @@ from weightsync import verify
 from weightsync.config import Contract, PodFacts
 from weightsync.errors import FencedOut, LedgerUnavailable, WeightSyncError
 from weightsync.layout.records import TargetLayout
+from weightsync.meter import TensorMeter
 from weightsync.rendezvous.fencing import Fence, Notification
 from weightsync.rendezvous.heartbeat import Heartbeat
 from weightsync.rendezvous.incarnation import replica_ranks
@@ -97,6 +98,7 @@ class Receiver:
         self._lock = threading.RLock()
         self._process = f"{facts.uid}-{time.time_ns() // 1_000_000:x}"
         self._generation = 0
+        self._meter = TensorMeter(self._params)
         self._fills = self._measure_fills()
         self._state = ReplicaState.CLEAN
         self._reason = ""
@@ -280,15 +282,15 @@ class Receiver:
         """Digests of the elements that the loader filled and no writer touches, by target; they never change."""
         totals: dict[str, int] = {}
         for fill in self._layout.fills:
-            flat = self._params[fill.target].reshape(-1)[fill.offset : fill.offset + fill.numel]
+            flat = self._params[fill.target].reshape(-1)[fill.offset : fill.offset + fill.numel].cpu()
             totals[fill.target] = totals.get(fill.target, 0) + verify.digest_range(fill.target, fill.offset, flat)
         return totals
 
     def _measure(self) -> dict[str, int]:
         """Digest of each target as live memory holds it now."""
         if any(tensor.is_cuda for tensor in self._params.values()):
-            torch.cuda.synchronize()
-        return {name: verify.digest_tensor(name, tensor) for name, tensor in self._params.items()}
+            torch.cuda.synchronize()  # what a writer's completion made visible to the host must be so to our kernels
+        return self._meter.measure()
 
 
 class _Reception:

@@ -202,7 +202,10 @@ def test_a_config_alone_and_the_headers_of_a_checkpoint_tell_the_same_tensors(tm
 
 
 def test_figures_are_those_of_the_plan_and_a_fault_takes_its_module_along() -> None:
-    """Two trainer ranks with 3 and 2 rows of a [5, 4] matrix, which two engine ranks want in columns; a bias is faulty."""
+    """Two trainer ranks with 3 and 2 rows of a [5, 4] matrix, which two engine ranks want in columns; a bias is faulty.
+
+    The columns are carried packed, so each pair has one write; slots begin at 16 bytes.
+    """
     parameters = [
         Parameter(name, shape, ((name, shape, 0),)) for name, shape in (("a.weight", (5, 4)), ("b.weight", (5, 4)))
     ]
@@ -224,10 +227,10 @@ def test_figures_are_those_of_the_plan_and_a_fault_takes_its_module_along() -> N
     assert figures.covered_elements == 2 * 10
     assert figures.engine_bytes_received == Spread(20, 20, 20)
     assert figures.trainer_bytes_sent == Spread(2 * 2 * 2 * 2, 20, 2 * 3 * 2 * 2)
-    assert figures.trainer_arena_bytes == Spread(256, 256, 256)
-    assert figures.writes_a_peer == Spread(2, 2, 3)
-    assert figures.writes_an_engine_rank == Spread(5, 5, 5)
-    assert (figures.pairs, figures.mean_write_bytes, figures.replayed_bytes) == (4, 4, 20)
+    assert figures.trainer_arena_bytes == Spread(32, 32, 32)
+    assert figures.writes_a_peer == Spread(1, 1, 1)
+    assert figures.writes_an_engine_rank == Spread(2, 2, 2)
+    assert (figures.pairs, figures.mean_write_bytes, figures.replayed_bytes) == (4, 10, 20)
     assert figures.seconds(8e-9) == 24.0
     assert [(f.parameter, f.reason) for f in figures.fallbacks] == [("b.bias", "computed")]
 

@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from weightsync.errors import ConfigError
-from weightsync.layout.families import qwen3_moe
+from weightsync.layout.families import QWEN_MOE
 from weightsync.layout.meshes import EngineMesh, Parameter, TrainerMesh, chunk
 from weightsync.layout.shards import sources_of
 
@@ -50,7 +50,9 @@ def rank_of(mesh: TrainerMesh, rank: int) -> Iterator[DeviceMesh]:
 
 
 def parameters_of(model: nn.Module) -> list[Parameter]:
-    return [Parameter(name, tuple(p.shape), qwen3_moe(name, tuple(p.shape))) for name, p in model.named_parameters()]
+    return [
+        Parameter(name, tuple(p.shape), QWEN_MOE.parts(name, tuple(p.shape))) for name, p in model.named_parameters()
+    ]
 
 
 @pytest.mark.failure_mode(6)
@@ -66,7 +68,7 @@ def test_it_agrees_with_the_placements_of_a_model_that_fsdp2_sharded(spec: str) 
             for layer in model.model.layers:
                 fully_shard(layer, mesh=used)
             fully_shard(model, mesh=used)
-            assert said.holdings == sources_of(model.named_parameters(), qwen3_moe).layout(rank).holdings
+            assert said.holdings == sources_of(model.named_parameters(), QWEN_MOE).layout(rank).holdings
 
 
 @pytest.mark.failure_mode(6)

@@ -14,7 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from weightsync.layout.forms import Carried, carry, wanted_of
+from weightsync.layout.held import Held
 from weightsync.layout.meshes import EngineMesh, Parameter, TrainerMesh
+from weightsync.layout.packing import Packed, pack
 from weightsync.layout.records import ITEM_BYTES, SourceTensor, TargetLayout
 from weightsync.layout.strides import canonical
 from weightsync.plan import make_plan
@@ -24,6 +26,8 @@ EXPANDED = 4_000_000
 
 A tensor-parallel engine cuts each row of an expert's down projection: DeepSeek-V3 at TP 8 has 106 million runs a rank.
 """
+_SLICE = re.compile(r"\[:, \d+:\d+\]")
+"""In the name of a tensor that is carried in column slices."""
 _EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 
 
@@ -109,14 +113,19 @@ def count(
     is no plan.
     """
     direct = {rank: _without_modules(layout, faults) for rank, layout in layouts.items()}
-    carried = _carried(parameters, sources, trainer, direct.values(), whole=len(layouts) == engine.ranks)
-    most_runs = max(map(_runs, direct.values()))
-    arenas = [each.arena_bytes for each in carried]
+    held = [trainer.layout(parameters, rank) for rank in range(trainer.ranks)]
+    packed = pack({layout.digest(): layout for layout in direct.values()}, held)
+    wanted = wanted_of(packed.layouts)
+    if len(layouts) < engine.ranks:
+        wanted = _with_others(wanted, sources, packed)
+    carried = [carry(each, wanted, packed.columns, packed.rows) for each in held]
+    arenas = Held([each.layout for each in carried])
+    most_runs = max(map(_runs, packed.layouts.values()))
     counted = sampled(trainer.ranks, max(1, trainer.ranks * EXPANDED // max(most_runs, EXPANDED)))
     writes = np.zeros((len(counted), len(direct)), dtype=np.int64)
     sent = np.zeros((trainer.ranks, len(direct)), dtype=np.int64)
     for column, layout in enumerate(direct.values()):
-        plan = make_plan([each.layout for each in carried], layout)
+        plan = make_plan(arenas, packed.layouts[layout.digest()])
         sent[:, column] = [plan.bytes_per_rank[rank] for rank in range(trainer.ranks)]
         writes[:, column] = [len(plan.writes(rank)) for rank in counted]
     return Figures(
@@ -124,8 +133,8 @@ def count(
         padding_elements=sum(fill.numel for layout in direct.values() for fill in layout.fills),
         engine_ranks_traced=tuple(layouts),
         engine_ranks=engine.ranks,
-        trainer_bytes_sent=_egress(sent, engine.ranks, arenas),
-        trainer_arena_bytes=Spread.of(arenas),
+        trainer_bytes_sent=_egress(sent, engine.ranks, [each.arena_bytes for each in carried]),
+        trainer_arena_bytes=Spread.of([each.arena_bytes for each in carried]),
         trainer_held_elements=Spread.of(
             [sum(len(trainer.held(p, r)) for p in parameters) for r in range(trainer.ranks)]
         ),
@@ -148,23 +157,22 @@ def sampled(ranks: int, wanted: int | None) -> Sequence[int]:
     return sorted({round(i * (ranks - 1) / max(wanted - 1, 1)) for i in range(wanted)})
 
 
-def _carried(
-    parameters: Sequence[Parameter],
-    sources: Sequence[SourceTensor],
-    trainer: TrainerMesh,
-    layouts: Iterable[TargetLayout],
-    *,
-    whole: bool,
-) -> list[Carried]:
-    """What each trainer rank's arena has for all engine ranks; of ranks that were not traced, the like of what the others want."""
-    wanted = wanted_of({str(i): layout for i, layout in enumerate(layouts)})
-    if not whole:
-        alike = {_EXPERT_NUMBER.sub(".experts.N.", name): tensor for name, tensor in wanted.items()}
-        for source in sources:
-            like = alike.get(_EXPERT_NUMBER.sub(".experts.N.", source.name))
-            if like is not None:
-                wanted.setdefault(source.name, dataclasses.replace(source, dtype=like.dtype))
-    return [carry(trainer.layout(parameters, rank), wanted) for rank in range(trainer.ranks)]
+def _with_others(
+    wanted: Mapping[str, SourceTensor], sources: Iterable[SourceTensor], packed: Packed
+) -> dict[str, SourceTensor]:
+    """And what engine ranks that were not traced want: other columns of the same matrices, and the like of the same experts."""
+    more = dict(wanted)
+    alike = {_EXPERT_NUMBER.sub(".experts.N.", name): tensor for name, tensor in wanted.items()}
+    slices = {_SLICE.sub("", name): tensor for name, tensor in wanted.items() if _SLICE.search(name)}
+    for name, parts in packed.columns.items():
+        for part in parts:
+            like = slices[name]
+            more.setdefault(part.name, SourceTensor(part.name, (like.shape[0], part.width), like.dtype))
+    for source in sources:
+        like = alike.get(_EXPERT_NUMBER.sub(".experts.N.", source.name))
+        if like is not None and source.name not in packed.columns:
+            more.setdefault(source.name, dataclasses.replace(source, dtype=like.dtype))
+    return more
 
 
 def _without_modules(layout: TargetLayout, faults: Mapping[str, str]) -> TargetLayout:
@@ -198,12 +206,15 @@ def _egress(sent: np.ndarray, engine_ranks: int, arenas: Sequence[int]) -> Sprea
 
 def _conversions(parameters: Sequence[Parameter], carried: Sequence[Carried]) -> list[Conversion]:
     stored = {tensor.name: tensor.dtype for parameter in parameters for tensor in parameter.tensors()}
-    wanted = {tensor.name: tensor for each in carried for tensor in each.layout.tensors}
+    carried_as = {tensor.name: tensor for each in carried for tensor in each.layout.tensors}
     tensors: Counter[tuple[str, str]] = Counter()
     sizes: Counter[tuple[str, str]] = Counter()
-    for name, tensor in wanted.items():
-        pair = (stored.get(name, "block amax"), tensor.dtype)
-        tensors[pair] += 1
+    found: set[str] = set()
+    for name, tensor in carried_as.items():
+        whole = _SLICE.sub("", name)
+        pair = (stored.get(whole, "block amax"), tensor.dtype)
+        tensors[pair] += whole not in found
+        found.add(whole)
         sizes[pair] += math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
     return [Conversion(*pair, tensors[pair], sizes[pair]) for pair in sorted(tensors)]
 
