@@ -1,23 +1,23 @@
 """The first trainer rank's part of a push: who takes part, when writers begin, and the one decision at the end.
 
 Reads as the protocol: members, plan, begin, convert, ready, open, go, wire, votes, decide, applied. Every wait ends at the
-push's one deadline, and sooner when somebody whom it waits for has died. Imports httpx for the engines' endpoint; never vLLM.
+push's one deadline, and sooner when somebody whom it waits for has died. Never imports vLLM.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import http.client
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-import httpx
-
 from weightsync import verify
 from weightsync.config import Contract
+from weightsync.endpoints import Endpoints
 from weightsync.errors import ConversionError, DeadlineExceeded, LedgerUnavailable, PushAborted, WeightSyncError
 from weightsync.rendezvous.handshake import Applied
 from weightsync.rendezvous.ledger import Ledger
@@ -37,6 +37,10 @@ APPLY_S = 5.0
 ACCOUNT_S = 1.0
 """The account comes so long after the deadline at the latest: the other ranks wait GRACE_S for it."""
 OPEN_WORKERS = 64
+STEP_POLL_S = 0.005
+"""Longest pause between two looks at the ledger within a push: a look costs three round trips, a pause counts as overhead."""
+LEASE_LOOK_S = 0.25
+"""Leases are looked at so often while a push waits; they are good for seconds."""
 
 
 class Coordinator:
@@ -50,7 +54,9 @@ class Coordinator:
         self._writer = writer
         self.watch = Stopwatch()
         """Of the last push."""
-        self._http = httpx.Client(headers={"Authorization": f"Bearer {contract.endpoint_token()}"}, trust_env=False)
+        self._leases_seen_at = 0.0
+        self._endpoints = Endpoints(token=contract.endpoint_token())
+        self._pool = concurrent.futures.ThreadPoolExecutor(OPEN_WORKERS, thread_name_prefix="weightsync-open")
 
     def push(self, *, step: int, sequence: int) -> PushSummary:
         """Convert and push the model's present weights as the next version.
@@ -79,7 +85,8 @@ class Coordinator:
             return self._run(step, sequence, late, deadline, catch_up=version)
 
     def close(self) -> None:
-        self._http.close()
+        self._pool.shutdown()
+        self._endpoints.close()
 
     def _run(
         self,
@@ -154,16 +161,14 @@ class Coordinator:
         body = record.to_json()
 
         def open_one(member: Member) -> str | None:
+            timeout_s = max(deadline.left_s, 0.1)
             try:
-                answer = self._http.post(
-                    f"{member.url}/weightsync/v1/push", content=body, timeout=max(deadline.left_s, 0.1)
-                )
-            except httpx.HTTPError as error:
+                answer = self._endpoints.post(member.url, "/weightsync/v1/push", body, timeout_s=timeout_s)
+            except (OSError, http.client.HTTPException) as error:
                 return f"{member.replica} at {member.url} did not open: {type(error).__name__} {error}"
-            return None if answer.is_success else f"{member.replica} refused: {_message(answer)}"
+            return None if answer.ok else f"{member.replica} refused: {answer.message}"
 
-        with concurrent.futures.ThreadPoolExecutor(min(OPEN_WORKERS, len(members))) as pool:
-            refusals = [refusal for refusal in pool.map(open_one, members.values()) if refusal is not None]
+        refusals = [refusal for refusal in self._pool.map(open_one, members.values()) if refusal is not None]
         if refusals:
             raise PushAborted(f"{len(refusals)} of {len(members)} replicas did not open: {'; '.join(refusals[:3])}")
 
@@ -178,7 +183,13 @@ class Coordinator:
             self._fail_early(record)
             return True if not missing else None
 
-        wait_until(fetch, deadline=deadline, what=what, missing=lambda: f"missing {sorted(missing)}")
+        wait_until(
+            fetch,
+            deadline=deadline,
+            what=what,
+            missing=lambda: f"missing {sorted(missing)}",
+            poll_max_s=STEP_POLL_S,
+        )
 
     def _wait_votes(
         self, record: PushRecord, members: Mapping[str, Member], deadline: Deadline
@@ -196,7 +207,11 @@ class Coordinator:
             return votes if not missing else None
 
         return wait_until(
-            fetch, deadline=deadline, what="replicas have not voted", missing=lambda: f"missing {sorted(missing)}"
+            fetch,
+            deadline=deadline,
+            what="replicas have not voted",
+            missing=lambda: f"missing {sorted(missing)}",
+            poll_max_s=STEP_POLL_S,
         )
 
     def _fail_early(self, record: PushRecord) -> None:
@@ -207,6 +222,9 @@ class Coordinator:
         failed = [report for report in self._ledger.writer_reports(record.push_id).values() if not report.ok]
         if failed:
             raise PushAborted(f"trainer rank {failed[0].rank}: {failed[0].reason}")
+        if time.monotonic() - self._leases_seen_at < LEASE_LOOK_S:
+            return
+        self._leases_seen_at = time.monotonic()
         lost = self._ledger.lost_writers(self._epoch, self._world_size)
         if lost:
             raise PushAborted(f"trainer ranks {list(lost)} are lost: their leases ran out")
@@ -273,7 +291,8 @@ class Coordinator:
 
         try:
             patience = Deadline(min(APPLY_S, max(deadline.left_s, 0.0) + ACCOUNT_S))
-            return wait_until(fetch, deadline=patience, what="replicas have not said that they serve")
+            what = "replicas have not said that they serve"
+            return wait_until(fetch, deadline=patience, what=what, poll_max_s=STEP_POLL_S)
         except DeadlineExceeded as error:
             logger.warning("push %s is committed, but %s", record.push_id, error)
             return self._ledger.applied(record.push_id)
@@ -341,10 +360,3 @@ def _summary(
         transports=moved_by.names,
         transport_proof=moved_by.proof,
     )
-
-
-def _message(answer: httpx.Response) -> str:
-    try:
-        return answer.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        return f"HTTP {answer.status_code} {answer.text[:200]}"
