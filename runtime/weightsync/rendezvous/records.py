@@ -82,6 +82,8 @@ class PushRecord(JsonRecord):
     """Digest of the plan for each layout digest."""
     members: dict[str, str]
     """Incarnation of each replica that takes part."""
+    verify: str = "full"
+    """`transfer.verify` of the coordinator, which all sides follow: engines may still run under an older contract."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,10 @@ class WriterReport(JsonRecord):
     reason: str = ""
     bytes: int = 0
     """Payload bytes of the writes that ended well."""
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Why, for each replica that this rank could not write into while others went well."""
+    in_flight: tuple[str, ...] = ()
+    """Those of them towards which bytes may still move: the rank will not touch its arena before they end."""
     seconds_by_phase: dict[str, float] = dataclasses.field(default_factory=dict)
 
 

@@ -9,7 +9,10 @@ are packed at each call instead: slow, and right after a push.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
+
+from weightsync.config import Contract
 
 
 def register() -> None:
@@ -18,6 +21,28 @@ def register() -> None:
 
     if current_platform.is_cpu():
         _keep_load_layout()
+    if "WEIGHTSYNC_CONFIG" in os.environ and Contract.load().transfer.commit == "staged":
+        _stage_when_loaded()
+
+
+def _stage_when_loaded() -> None:
+    """Have each worker take its staging memory as the last step of loading: vLLM measures what is free only afterwards.
+
+    The worker extension has no part in loading, and its RPCs come when the KV cache has taken the memory (failure mode 52).
+    """
+    from vllm.v1.worker.gpu_worker import Worker  # the CPU's worker inherits `load_model`
+
+    load_model = Worker.load_model
+    if getattr(load_model, "stages", False):
+        return
+
+    def load_and_stage(self: Any, *, load_dummy_weights: bool = False) -> None:
+        load_model(self, load_dummy_weights=load_dummy_weights)
+        if hasattr(self, "weightsync_stage"):
+            self.weightsync_stage()
+
+    load_and_stage.stages = True
+    Worker.load_model = load_and_stage
 
 
 def _keep_load_layout() -> None:
