@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 
 import numpy as np
 
@@ -52,6 +52,18 @@ class _Peer:
     """None when this rank has nothing to write there; it notifies all the same."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Written:
+    """How this rank's writes of one push ended."""
+
+    bytes: int
+    """Payload of those that went well."""
+    failed: dict[str, str]
+    """Why, for each replica that did not get all its bytes."""
+    in_flight: tuple[str, ...]
+    """Those of them towards which bytes may still move."""
+
+
 class Writer:
     """Writes this rank's slot arena into engines; registers it with `agent` whenever it is laid out anew."""
 
@@ -65,7 +77,10 @@ class Writer:
         self._plans: dict[str, Plan] = {}
         self._writes: dict[str, np.ndarray] = {}
         self._peers: dict[RankKey, _Peer] = {}
-        self._partials: dict[str, dict[int, int]] = {}
+        self._partials: dict[tuple[str, str], dict[int, int]] = {}
+        """By layout digest, and by push where that decides what is measured."""
+        self._stuck: list[tuple[_Peer, Deadline]] = []
+        """Peers that were lost while bytes were on their way, and when these must have ended."""
 
     def learn(self, members: Mapping[str, str], deadline: Deadline, *, catch_up: bool) -> dict[str, str]:
         """Plan for, connect to and prepare writes into every rank of `members` (replica -> incarnation).
@@ -86,43 +101,70 @@ class Writer:
         return {self._met[key].layout_digest: self._plans[self._met[key].layout_digest].digest for key in keys}
 
     def fill(self) -> None:
-        """Convert the model as it is now into the arena. Raises ConversionError naming a tensor."""
+        """Convert the model as it is now into the arena. Raises ConversionError naming a tensor.
+
+        Waits first for transfers to peers that were lost in an earlier push: they read the arena.
+        """
+        self._wait_stuck()
         self._partials.clear()
         self._slots.fill()
 
     def measure(self, record: PushRecord) -> None:
         """Digest what the arena brings to each layout of a push, unless that was done since it was filled."""
         for digest in record.plan_digests:
-            if digest not in self._partials:
-                plan = self._plans[digest]
-                self._partials[digest] = verify.digest_writes(self._slots.buffer, self._writes[digest], plan.targets)
+            if self._measured_as(record, digest) not in self._partials:
+                plan, writes = self._plans[digest], self._writes[digest]
+                names = verify.chosen_names((t.name for t in plan.targets), mode=record.verify, push_id=record.push_id)
+                chosen = [index for index, target in enumerate(plan.targets) if target.name in names]
+                writes = writes[np.isin(writes["target_index"], chosen)]
+                partials = verify.digest_writes(self._slots.buffer, writes, plan.targets)
+                self._partials[self._measured_as(record, digest)] = partials
 
-    def write(self, record: PushRecord, deadline: Deadline) -> int:
-        """Write into every rank of every member, and notify each when all writes to all of them are done.
+    def write(
+        self, record: PushRecord, replicas: Set[str], deadline: Deadline, lost: Callable[[], Set[str]]
+    ) -> Written:
+        """Write into every rank of `replicas`, and notify each when all writes to it are done.
 
-        Returns the bytes written. Raises TransportError naming the peers that failed, with every handle terminal. A handle that
-        is still in flight GRACE_S after the deadline ends this process: nothing else can stop it (design section 8).
+        Peers that fail are told in the result, and so are those of `lost()` replicas that bytes are still on their way to. A
+        handle that is in flight GRACE_S after the deadline ends this process: nothing else can stop it (design section 8).
         """
-        peers = [self._peers[key] for replica, word in record.members.items() for key in replica_ranks(replica, word)]
-        transfers = [peer.transfer for peer in peers if peer.transfer is not None]
-        for transfer in transfers:
-            transfer.post()
-        self._wait_terminal(transfers, deadline, record.push_id)
-        failed = [transfer for transfer in transfers if transfer.poll() is TransferState.FAILED]
-        if failed:
-            self._forget(failed)
-            told = "; ".join(f"{transfer.peer}: {transfer.failure}" for transfer in failed[:3])
-            raise TransportError(f"{len(failed)} of {len(transfers)} transfers of rank {self._rank} failed: {told}")
-        for peer in peers:
-            self._agent.notify(peer.agent_name, self._last_word(record, peer).encode())
-        return sum(transfer.length_bytes for transfer in transfers)
+        pending = {key: self._peers[key] for name in replicas for key in replica_ranks(name, record.members[name])}
+        for peer in pending.values():
+            if peer.transfer is not None:
+                peer.transfer.post()
+        written, failed = 0, {}
+        while pending:
+            for key, peer in list(pending.items()):
+                if peer.transfer is not None and peer.transfer.in_flight:
+                    continue
+                del pending[key]
+                try:
+                    written += self._finish(record, peer)
+                except TransportError as error:
+                    self._drop(key)
+                    failed[key[0]] = f"rank {self._rank} to {peer.agent_name}: {error}"
+            if pending and {key[0] for key in pending} <= lost():
+                break
+            if pending and deadline.left_s < -GRACE_S:
+                self._end_process(list(pending.values()), record.push_id)
+            time.sleep(TRANSFER_POLL_S if pending else 0.0)
+        for key in pending:
+            failed[key[0]] = f"was lost while rank {self._rank} wrote"
+            self._stuck.append((self._peers.pop(key), deadline))
+        return Written(bytes=written, failed=failed, in_flight=tuple(sorted({key[0] for key in pending})))
 
     def close(self) -> None:
-        """Release every handle; all are terminal between pushes."""
+        """Release every handle; all are terminal between pushes, or end this process."""
+        self._wait_stuck()
         for peer in self._peers.values():
             if peer.transfer is not None:
                 peer.transfer.release()
         self._peers.clear()
+
+    @staticmethod
+    def _measured_as(record: PushRecord, layout_digest: str) -> tuple[str, str]:
+        """Where `_partials` has what this push wants measured: a sample is chosen anew each push."""
+        return layout_digest, record.push_id if record.verify == "sampled" else record.verify
 
     def _meet(self, key: RankKey, deadline: Deadline) -> _Met:
         replica, rank, incarnation = key
@@ -141,6 +183,7 @@ class Writer:
                 )
             return
         old = self._slots.buffer
+        self._wait_stuck()
         if not self._slots.lay_out(engines):
             return
         for key in list(self._peers):
@@ -188,17 +231,30 @@ class Writer:
             plan_digest=record.plan_digests[peer.layout_digest],
             writer_rank=self._rank,
             bytes_written=0 if peer.transfer is None else peer.transfer.length_bytes,
-            partial_digests=self._partials[peer.layout_digest],
+            partial_digests=self._partials[self._measured_as(record, peer.layout_digest)],
         )
 
-    def _wait_terminal(self, transfers: Sequence[Transfer], deadline: Deadline, push_id: str) -> None:
-        while any(transfer.in_flight for transfer in transfers):
-            if deadline.left_s < -GRACE_S:
-                self._end_process([transfer for transfer in transfers if transfer.in_flight], push_id)
-            time.sleep(TRANSFER_POLL_S)
+    def _finish(self, record: PushRecord, peer: _Peer) -> int:
+        """The bytes of a transfer that ended, told to the peer. Raises TransportError when it did not end well."""
+        if peer.transfer is not None and peer.transfer.poll() is TransferState.FAILED:
+            raise TransportError(peer.transfer.failure)
+        self._agent.notify(peer.agent_name, self._last_word(record, peer).encode())
+        return 0 if peer.transfer is None else peer.transfer.length_bytes
 
-    def _end_process(self, stuck: Sequence[Transfer], push_id: str) -> None:
-        peers = ", ".join(transfer.peer for transfer in stuck[:5])
+    def _wait_stuck(self) -> None:
+        """Until nothing reads the arena on behalf of an earlier push."""
+        while self._stuck:
+            peer, deadline = self._stuck[-1]
+            if peer.transfer is not None and peer.transfer.in_flight:
+                if deadline.left_s < -GRACE_S:
+                    self._end_process([peer], "that was lost")
+                time.sleep(TRANSFER_POLL_S)
+                continue
+            self._stuck.pop()
+            self._release(peer)
+
+    def _end_process(self, stuck: Sequence[_Peer], push_id: str) -> None:
+        peers = ", ".join(peer.agent_name for peer in stuck[:5])
         logger.critical(
             "push %s: %d transfers in flight %.0f s after the deadline, to %s; ending this process: nothing else stops them",
             push_id,
@@ -216,13 +272,11 @@ class Writer:
             if other in self._peers:
                 self._drop(other)
 
-    def _forget(self, failed: Sequence[Transfer]) -> None:
-        """A connection that failed once is made anew, also towards the same incarnation."""
-        for key in [key for key, peer in self._peers.items() if peer.transfer in failed]:
-            self._drop(key)
-
     def _drop(self, key: RankKey) -> None:
-        peer = self._peers.pop(key)
+        """Forget a peer; a connection that failed once is made anew, also towards the same incarnation."""
+        self._release(self._peers.pop(key))
+
+    def _release(self, peer: _Peer) -> None:
         if peer.transfer is not None:
             peer.transfer.release()
         self._agent.disconnect(peer.agent_name)
