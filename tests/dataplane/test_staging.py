@@ -21,7 +21,8 @@ class _Range(ctypes.Structure):
 def write_as_another_process_would(address: int, data: bytes) -> int:
     """`process_vm_writev` into this process, which is how UCX writes between processes of a host; 0 or the error's number."""
     libc = ctypes.CDLL(None, use_errno=True)
-    local, remote = _Range(ctypes.addressof(ctypes.create_string_buffer(data)), len(data)), _Range(address, len(data))
+    held = ctypes.create_string_buffer(data)
+    local, remote = _Range(ctypes.addressof(held), len(data)), _Range(address, len(data))
     done = libc.process_vm_writev(os.getpid(), ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
     return 0 if done == len(data) else ctypes.get_errno()
 
@@ -67,10 +68,10 @@ def test_its_pages_are_taken_at_once() -> None:
 
 @pytest.mark.failure_mode(47)
 def test_nobody_reaches_an_arena_that_was_retired() -> None:
-    """1. a process of this host writes into staging, as NIXL lets it; 2. once retired, the same write fails, though nothing has been
-    deregistered at the writer; 3. the new arena lies elsewhere, and so does all that is mapped later; 4. the pages are given back.
+    """1. a process of this host writes into staging, as NIXL lets it; 2. once retired, the pages are given back; 3. the same write
+    fails, whatever the writer still has; 4. the new arena lies elsewhere, and so does all that is mapped later.
 
-    Without the seal, step 2 succeeds, or writes into whatever was mapped there since.
+    Without the seal, step 3 succeeds, or writes into whatever was mapped there since.
     """
     live = {"w": torch.ones(32 << 20, dtype=torch.uint8)}
     arena = StagingArena(live, place="device", budget_bytes=None)
@@ -79,6 +80,8 @@ def test_nobody_reaches_an_arena_that_was_retired() -> None:
     assert bytes(arena.buffer[:4].tolist()) == b"late"
     resident = int(Path("/proc/self/statm").read_text().split()[1])
     new = arena.retire(live)
+    grown = int(Path("/proc/self/statm").read_text().split()[1]) - resident
+    assert grown * os.sysconf("SC_PAGESIZE") < 0.5 * arena.length_bytes
     assert write_as_another_process_would(address, b"late") == errno.EFAULT
     assert new.buffer.data_ptr() != address
     for _ in range(8):
