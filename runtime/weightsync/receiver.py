@@ -21,7 +21,7 @@ from weightsync import verify
 from weightsync.config import Contract, PodFacts
 from weightsync.errors import FencedOut, LedgerUnavailable, WeightSyncError
 from weightsync.layout.records import ITEM_BYTES, TargetLayout
-from weightsync.measure import measure
+from weightsync.meter import TensorMeter
 from weightsync.reception import Reception
 from weightsync.rendezvous.fencing import Fence
 from weightsync.rendezvous.heartbeat import Heartbeat
@@ -110,13 +110,14 @@ class Receiver:
         self._lock = threading.RLock()
         self._process = f"{facts.uid}-{time.time_ns() // 1_000_000:x}"
         self._generation = 0
+        self._meter = TensorMeter(self._params)
         self._fills = self._measure_fills()
         self._payload_bytes = self._count_payload()
         self._state = ReplicaState.CLEAN
         self._reason = ""
         self._torn = False
         self._copy_seconds = 0.0
-        self._held = Held(epoch=0, version=0, digests=measure(self._params, self._params))
+        self._held = Held(epoch=0, version=0, digests=self._meter.measure())
         self._seen_epoch = 0
         self._last_push = ""
         self._reception: Reception | None = None
@@ -165,7 +166,8 @@ class Receiver:
                 ledger=self._ledger,
                 replica=self._replica,
                 rank=self._rank,
-                landing=self._landing,
+                landing=self._landing_meter,
+                names=self._params,
                 fills=self._fills,
                 payload_bytes=self._payload_bytes,
                 on_checked=self._checked,
@@ -260,7 +262,7 @@ class Receiver:
 
     def _differing(self, digests: Mapping[str, int]) -> list[str]:
         """Which of these targets live memory holds otherwise."""
-        measured = measure(self._params, digests)
+        measured = self._meter.measure(digests)
         return sorted(name for name, digest in digests.items() if measured[name] != digest)
 
     def _untouched(self) -> bool:
@@ -325,9 +327,16 @@ class Receiver:
             return frozenset()
         return frozenset(rank for rank, report in reports.items() if self._replica not in report.in_flight)
 
+    @property
+    def _landing_meter(self) -> TensorMeter:
+        """Of the memory that writers write."""
+        return self._meter if self._staging is None else self._staged_meter
+
     def _new_agent(self) -> Agent:
         """Make the agent of the next generation, register what is offered, and have it published; parameters stay as they are."""
         self._generation += 1
+        if self._staging is not None:
+            self._staged_meter = TensorMeter(self._landing)
         agent = Agent(f"{self._replica}/{self._rank}/{self.incarnation}")
         agent.register(list(self._params.values()) if self._staging is None else [self._staging.buffer])
         self._heartbeat = source_heartbeat(self._rendezvous, [self._descriptor(agent)]).start()

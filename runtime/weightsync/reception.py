@@ -9,13 +9,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
-
-from torch import Tensor
+from collections.abc import Callable, Iterable, Mapping
 
 from weightsync import verify
 from weightsync.errors import FencedOut, WeightSyncError
-from weightsync.measure import measure
+from weightsync.meter import TensorMeter
 from weightsync.rendezvous.fencing import Fence, Notification
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.records import PushRecord, Vote
@@ -30,7 +28,7 @@ NOTIFICATION_POLL_S = 0.002
 class Reception:
     """The thread of one push.
 
-    landing: the memory that writers were offered, by target name; fills: digests of its elements that no writer touches.
+    landing: measures the memory that writers were offered; names: its targets; fills: digests of what no writer touches of them.
     payload_bytes: what all writers together must have written.
     on_checked: told what is wrong, or nothing, before the vote; False when the push is over.
     """
@@ -44,13 +42,15 @@ class Reception:
         ledger: Ledger,
         replica: str,
         rank: int,
-        landing: Mapping[str, Tensor],
+        landing: TensorMeter,
+        names: Iterable[str],
         fills: Mapping[str, int],
         payload_bytes: int,
         on_checked: Callable[[str], bool],
     ) -> None:
         self.record = record
-        self.names = verify.chosen_names(landing, mode=record.verify, push_id=record.push_id)
+        self._targets = sorted(names)
+        self.names = verify.chosen_names(self._targets, mode=record.verify, push_id=record.push_id)
         """The targets that this push measures."""
         self.digests: dict[str, int] = {}
         """Of those targets as they were found; complete once checked."""
@@ -133,9 +133,9 @@ class Reception:
         written = sum(note.bytes_written for note in notes.values())
         if written != self._payload_bytes:
             return f"{len(notes)} writers wrote {written} bytes, this rank's targets take {self._payload_bytes}"
-        self.digests = measure(self._landing, self.names)
+        self.digests = self._landing.measure(self.names)
         wrong = []
-        for index, name in enumerate(sorted(self._landing)):
+        for index, name in enumerate(self._targets):
             if name not in self.names:
                 continue
             sent = sum(note.partial_digests.get(index, 0) for note in notes.values()) + self._fills.get(name, 0)

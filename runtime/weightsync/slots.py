@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from weightsync.conversion import convert_into, fp8
 from weightsync.errors import ConversionError, PlanError
-from weightsync.layout.forms import BLOCK, Carried, Slot, carry, wanted_of
+from weightsync.layout.forms import BLOCK, GROUP_BYTES, Carried, Group, Slot, carry, wanted_of
+from weightsync.layout.packing import Packed, in_terms_of, pack
 from weightsync.layout.records import SourceLayout, SourceTensor, TargetLayout
 from weightsync.layout.shards import LocalPiece, LocalSources
 
@@ -32,19 +33,33 @@ class SlotArena:
     """What this rank carries, and the memory that it is in.
 
     layouts: what every trainer rank holds, in the checkpoint's dtypes; this rank's is layouts[rank].
-    format_: `transfer.format` of the contract.
+    format_: `transfer.format` of the contract. group_bytes: what is converted at once, at least.
     """
 
     def __init__(
-        self, *, rank: int, local: LocalSources, layouts: Sequence[SourceLayout], format_: str, agree: Agree
+        self,
+        *,
+        rank: int,
+        local: LocalSources,
+        layouts: Sequence[SourceLayout],
+        format_: str,
+        agree: Agree,
+        group_bytes: int = GROUP_BYTES,
     ) -> None:
         self._rank = rank
-        self._pieces = {(piece.name, piece.start): piece for piece in local.pieces}
+        self._pieces: dict[str, list[LocalPiece]] = {}
+        for piece in local.pieces:
+            self._pieces.setdefault(piece.name, []).append(piece)
+        self._firsts = list({id(piece.parameter): piece for piece in local.pieces}.values())
+        """A piece of each parameter: by them it is seen whether the model moved."""
         self._held = layouts
         self._format = format_
         self._agree = agree
-        self._wanted: Mapping[str, SourceTensor] | None = None
-        self._device_fill: _DeviceFill | None = None
+        self._group_bytes = group_bytes
+        self._packed = Packed({}, {}, {})
+        self._wanted: Mapping[str, SourceTensor] = {}
+        self._conversions: _Conversions | None = None
+        self._places: list[int] = []
         self._device = local.pieces[0].flat().device if local.pieces else torch.device("cpu")
         self.layouts: tuple[SourceLayout, ...] = ()
         """What every rank's arena carries, to plan with."""
@@ -53,73 +68,120 @@ class SlotArena:
 
     def carries(self, engines: Mapping[str, TargetLayout]) -> bool:
         """Whether everything that engines with these layouts (by digest) want is laid out already, in the right form."""
-        known = self._wanted
-        return known is not None and all(known.get(n) == tensor for n, tensor in wanted_of(engines).items())
+        known = dict(self._packed.layouts)
+        for digest in engines.keys() - known.keys():
+            layout = in_terms_of(self._packed.columns, engines[digest])
+            if layout is None or any(self._wanted.get(tensor.name) != tensor for tensor in layout.sources):
+                return False
+            known[digest] = layout
+        self._packed = dataclasses.replace(self._packed, layouts=known)
+        return True
+
+    def wants(self, digest: str) -> TargetLayout:
+        """What the engines of a layout want, in terms of what the arenas carry: to plan with `layouts`."""
+        return self._packed.layouts[digest]
 
     def lay_out(self, engines: Mapping[str, TargetLayout]) -> bool:
         """Make the arena fit what these engines want; True when it changed, and holds nothing until it is filled.
 
         Raises PlanError and UnsupportedLayout as `layout.forms.carry` does.
         """
-        wanted = wanted_of(engines)
+        whole = wanted_of(engines)
+        packed = pack(engines, self._held)
+        wanted = wanted_of(packed.layouts)
         if wanted == self._wanted:
+            self._packed = packed
             return False
-        _check_format(wanted, self._format)
-        carried = [carry(layout, wanted) for layout in self._held]
-        self._wanted = wanted
+        _check_format(whole, self._format)
+        carried = [
+            carry(layout, wanted, packed.columns, packed.rows, group_bytes=self._group_bytes) for layout in self._held
+        ]
+        self._wanted, self._packed = wanted, packed
         self.layouts = tuple(each.layout for each in carried)
         self._mine = carried[self._rank]
         self._straddled = _Straddled.of(carried)
-        self._device_fill = None
+        self._conversions = None
         # One element even for a rank that carries nothing: NIXL registers no empty memory.
         self.buffer = torch.empty(max(self._mine.arena_bytes, 1), dtype=torch.uint8, device=self._device)
         return True
+
+    @property
+    def groups(self) -> Sequence[Group]:
+        """Parts of the arena that may be filled, and sent, one after the other."""
+        return self._mine.groups
 
     def fill(self) -> None:
         """Convert the model's weights as they are now. All ranks call it together when FP8 blocks straddle them.
 
         Raises ConversionError naming a tensor with an infinity or a NaN; the arena must not be sent then.
         """
-        amax = self._exchange()
+        self.begin()
+        for number in range(len(self.groups)):
+            self.fill_group(number)
+        self.check()
+
+    def begin(self) -> None:
+        """Agree on blocks that straddle ranks, before the first group. All ranks call it together when there are any."""
+        self._agreed = self._exchange()
         if self._device.type == "cuda":
-            self._fill_device(amax)
+            self._prepare_device().begin(self._agreed)
+
+    def fill_group(self, number: int) -> Callable[[], bool]:
+        """Convert one group; on a GPU launches it on the current stream. Returns what says whether it is done.
+
+        On a host raises ConversionError as `fill` does; on a GPU faults are told by `check`.
+        """
+        if self._conversions is not None:
+            return self._conversions.run(number)
+        group = self.groups[number]
+        for slot in self._mine.slots[group.first : group.stop]:
+            self._convert(slot)
+        return lambda: True
+
+    def check(self) -> None:
+        """After the last group: raise ConversionError for what a GPU met. Waits for the device."""
+        if self._conversions is not None:
+            self._conversions.check()
+
+    def _prepare_device(self) -> _Conversions:
+        """A launch for each group and kind, prepared again only when the model's memory has moved."""
+        places = [piece.flat().data_ptr() for piece in self._firsts]
+        if self._conversions is None or self._places != places:
+            sources = [self._source(slot) for slot in self._mine.slots]
+            self._conversions = _Conversions(self._mine, sources, self._view, self._straddled, self._format == UE8M0)
+            self._places = places
+        return self._conversions
+
+    def _convert(self, slot: Slot) -> None:
+        source, out = self._source(slot), self._view(slot.offset_bytes, slot.numel, slot.dtype)
+        if slot.scales is None:
+            convert_into(out.view(source.shape), source, name=slot.holding.name)
             return
-        for slot in self._mine.slots:
-            piece = self._pieces[slot.holding.name, slot.holding.start]
-            out = self._view(slot.offset_bytes, slot.numel, slot.dtype)
-            if slot.scales is None:
-                convert_into(out, piece.flat(), name=piece.name)
-            else:
-                self._quantize(slot, piece, out, amax)
-
-    def _fill_device(self, agreed: Mapping[tuple[str, int], Tensor]) -> None:
-        """All slots by a few launches, which are prepared again only when the model's memory has moved."""
-        sources = [self._pieces[slot.holding.name, slot.holding.start].flat() for slot in self._mine.slots]
-        places = [source.data_ptr() for source in sources]
-        if self._device_fill is None or self._device_fill.places != places:
-            self._device_fill = _DeviceFill(
-                self._mine.slots, sources, self._view, self._straddled, self._format == UE8M0
-            )
-        self._device_fill.run(agreed)
-
-    def _quantize(self, slot: Slot, piece: LocalPiece, out: Tensor, agreed: Mapping[tuple[str, int], Tensor]) -> None:
-        rows, row_start = _rows(slot, piece)
-        amax = fp8.block_amax(rows, row_start)
-        first = row_start // BLOCK
+        amax = fp8.block_amax(source, slot.row_start)
+        first = slot.row_start // BLOCK
         for block_row in {first, first + len(amax) - 1}:
-            other = agreed.get((slot.holding.name, block_row))
+            other = self._agreed.get((slot.name, block_row))
             if other is not None:
                 torch.maximum(amax[block_row - first], other, out=amax[block_row - first])
         if not fp8.finite(amax):
-            _refuse(rows, row_start, piece)
+            _refuse(source, slot)
         scales = fp8.scales_of(amax, ue8m0=self._format == UE8M0)
-        out.copy_(fp8.quantize(rows, scales, row_start).reshape(-1))
+        out.copy_(fp8.quantize(source, scales, slot.row_start).reshape(-1))
         holding = slot.scales
-        assert holding is not None  # asked by fill
         self._view(holding.local_offset * 4, holding.stop - holding.start, "float32").copy_(scales.reshape(-1))
 
+    def _source(self, slot: Slot) -> Tensor:
+        """What a slot is made from: [n], or [rows, columns] of a matrix in FP8 or in slices."""
+        start, stop = slot.holding.start, slot.holding.stop
+        piece = next(piece for piece in self._pieces[slot.holding.name] if piece.start <= start and stop <= piece.stop)
+        flat = piece.flat()[start - piece.start : stop - piece.start]
+        if slot.columns is not None:
+            width = len(flat) * slot.columns.width // slot.numel
+            return flat.view(-1, width)[:, slot.columns.start : slot.columns.stop]
+        return flat if slot.scales is None else flat.view(-1, slot.shape[1])
+
     def _exchange(self) -> dict[tuple[str, int], Tensor]:
-        """Greatest amax over all ranks of each straddled block row, by tensor and block row."""
+        """Greatest amax over all ranks of each straddled block row, by carried tensor and block row."""
         straddled = self._straddled
         if not straddled.total:
             return {}
@@ -127,11 +189,11 @@ class SlotArena:
         for slot in self._mine.slots:
             if slot.scales is None:
                 continue
-            rows, row_start = _rows(slot, self._pieces[slot.holding.name, slot.holding.start])
-            for block_row, low, high in _block_rows(row_start, len(rows)):
-                place = straddled.places.get((slot.holding.name, block_row))
+            rows = self._source(slot)
+            for block_row, low, high in _block_rows(slot.row_start, len(rows)):
+                place = straddled.places.get((slot.name, block_row))
                 if place is not None:
-                    part = fp8.block_amax(rows[low:high], row_start + low)[0].cpu()
+                    part = fp8.block_amax(rows[low:high], slot.row_start + low)[0].cpu()
                     here = vector[place : place + len(part)]
                     torch.maximum(here, part, out=here)
         vector = self._agree(vector)
@@ -161,10 +223,10 @@ class _Straddled:
                 if slot.scales is None:
                     continue
                 rows, columns = slot.shape
-                start, stop = slot.holding.start // columns, slot.holding.stop // columns
+                start, stop = slot.row_start, slot.stop // columns
                 for block_row in {start // BLOCK, (stop - 1) // BLOCK}:
                     if start > block_row * BLOCK or stop < min(rows, (block_row + 1) * BLOCK):
-                        widths[slot.holding.name, block_row] = -(-columns // BLOCK)
+                        widths[slot.name, block_row] = -(-columns // BLOCK)
         places, total = {}, 0
         for key in sorted(widths):
             places[key] = total
@@ -172,45 +234,62 @@ class _Straddled:
         return cls(places, widths, total)
 
 
-class _DeviceFill:
-    """The slots' conversion on a GPU, prepared for the places in memory that the model has now."""
+class _Conversions:
+    """The groups' conversions on a GPU, prepared for the places in memory that the model has now."""
 
     def __init__(
-        self, slots: Sequence[Slot], sources: Sequence[Tensor], view: View, straddled: _Straddled, ue8m0: bool
+        self, carried: Carried, sources: Sequence[Tensor], view: View, straddled: _Straddled, ue8m0: bool
     ) -> None:
-        from weightsync.conversion.device import Cast, DeviceConversion, Job  # Triton is on GPU machines only
+        from weightsync.conversion.device import DeviceConversion  # Triton is on GPU machines only
 
-        self.places = [source.data_ptr() for source in sources]
+        self._view, self._straddled = view, straddled
         self._given: list[tuple[tuple[str, int], Tensor]] = []
+        self._groups = [
+            DeviceConversion(*self._jobs(carried.slots[g.first : g.stop], sources[g.first : g.stop]), ue8m0=ue8m0)
+            for g in carried.groups
+        ]
+
+    def begin(self, agreed: Mapping[tuple[str, int], Tensor]) -> None:
+        for key, amax in self._given:
+            amax.copy_(agreed[key])
+
+    def run(self, number: int) -> Callable[[], bool]:
+        self._groups[number].run()
+        done = torch.cuda.Event()
+        done.record()
+        return done.query
+
+    def check(self) -> None:
+        flags = [flag for group in self._groups for flag in group.flags]
+        names = [name for group in self._groups for name in group.names]
+        bad = [names[i] for i in torch.cat(flags).nonzero().flatten().tolist()] if flags else []
+        if bad:
+            raise ConversionError(
+                f"{len(bad)} tensors have an infinity or a NaN, such as {', '.join(sorted(bad)[:5])}: the optimizer step "
+                "diverged; nothing was pushed"
+            )
+
+    def _jobs(self, slots: Sequence[Slot], sources: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
+        """(tensor's name, job) of the FP8 slots, and the casts."""
+        from weightsync.conversion.device import Cast, Job
+
         blocks, casts = [], []
         for slot, source in zip(slots, sources, strict=True):
-            out = view(slot.offset_bytes, slot.numel, slot.dtype)
+            out = self._view(slot.offset_bytes, slot.numel, slot.dtype).view(source.shape)
             if slot.scales is None:
                 casts.append(Cast(name=slot.holding.name, source=source, out=out, through=torch.bfloat16))
                 continue
-            columns, across = slot.shape[1], -(-slot.shape[1] // BLOCK)
-            row_start = slot.holding.start // columns
-            scales = view(slot.scales.local_offset * 4, slot.scales.stop - slot.scales.start, "float32").view(
-                -1, across
-            )
-            job = Job(
-                source=source.view(-1, columns),
-                out=out.view(-1, columns),
-                scales=scales,
-                row_start=row_start,
-                amax=self._give(slot.holding.name, row_start // BLOCK, scales, straddled),
-            )
+            across = -(-slot.shape[1] // BLOCK)
+            length = slot.scales.stop - slot.scales.start
+            scales = self._view(slot.scales.local_offset * 4, length, "float32").view(-1, across)
+            amax = self._give(slot.name, slot.row_start // BLOCK, scales)
+            job = Job(source=source, out=out, scales=scales, row_start=slot.row_start, amax=amax)
             blocks.append((slot.holding.name, job))
-        self._conversion = DeviceConversion(blocks, casts, ue8m0=ue8m0)
+        return blocks, casts
 
-    def run(self, agreed: Mapping[tuple[str, int], Tensor]) -> None:
-        for key, amax in self._given:
-            amax.copy_(agreed[key])
-        self._conversion.run()
-
-    def _give(self, name: str, first: int, scales: Tensor, straddled: _Straddled) -> Tensor | None:
-        """Room for the other ranks' amax of this slot's first and last block rows, where they have any."""
-        shared = [row for row in sorted({first, first + len(scales) - 1}) if (name, row) in straddled.places]
+    def _give(self, name: str, first: int, scales: Tensor) -> Tensor | None:
+        """Room for the other ranks' amax of a slot's first and last block rows, where they have any."""
+        shared = [row for row in sorted({first, first + len(scales) - 1}) if (name, row) in self._straddled.places]
         if not shared:
             return None
         amax = torch.zeros_like(scales, dtype=torch.int32)
@@ -232,28 +311,23 @@ def _check_format(wanted: Mapping[str, SourceTensor], format_: str) -> None:
         )
 
 
-def _rows(slot: Slot, piece: LocalPiece) -> tuple[Tensor, int]:
-    """(the piece as [r, k], index of its first row in the whole tensor)."""
-    columns = slot.shape[1]
-    return piece.flat().view(-1, columns), slot.holding.start // columns
-
-
 def _block_rows(row_start: int, rows: int) -> list[tuple[int, int, int]]:
     """First and last block row that rows [row_start, row_start + rows) touch: (block row, first and last + 1 of these rows)."""
     blocks = sorted({row_start // BLOCK, (row_start + rows - 1) // BLOCK})
     return [(block, max(block * BLOCK - row_start, 0), min((block + 1) * BLOCK - row_start, rows)) for block in blocks]
 
 
-def _refuse(rows: Tensor, row_start: int, piece: LocalPiece) -> None:
+def _refuse(rows: Tensor, slot: Slot) -> None:
     """Name the first element that is not finite; where this rank's are, the other rank of a straddled block will name its own."""
     bad = torch.nonzero(~torch.isfinite(rows.to(torch.bfloat16)))
-    where = "in a block that it shares with another rank" if not len(bad) else _place(bad[0], row_start)
+    where = "in a block that it shares with another rank" if not len(bad) else _place(bad[0], slot)
     raise ConversionError(
-        f"{piece.name}: {len(bad)} of this rank's {rows.numel()} elements are not finite, the first {where}: the optimizer step "
-        "diverged; nothing was pushed"
+        f"{slot.holding.name}: {len(bad)} of this rank's {rows.numel()} elements are not finite, the first {where}: the optimizer "
+        "step diverged; nothing was pushed"
     )
 
 
-def _place(index: Tensor, row_start: int) -> str:
+def _place(index: Tensor, slot: Slot) -> str:
     row, column = index.tolist()
-    return f"at [{row + row_start}, {column}]"
+    first_column = 0 if slot.columns is None else slot.columns.start
+    return f"at [{row + slot.row_start}, {column + first_column}]"

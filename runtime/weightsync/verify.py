@@ -49,10 +49,10 @@ def digest_writes(arena: Tensor, writes: np.ndarray, targets: Sequence[Target]) 
 
     arena: flat, any dtype; seen as elements of each target's dtype. `targets` are the plan's; those that get nothing are absent.
     """
-    seen_as = {dtype: _seen_as(arena, dtype) for dtype in {target.dtype for target in targets}}
+    views = {dtype: seen_as(arena, dtype) for dtype in {target.dtype for target in targets}}
     totals: dict[int, int] = {}
     for index in np.unique(writes["target_index"]).tolist():
-        name, elements = targets[index].name, seen_as[targets[index].dtype]
+        name, elements = targets[index].name, views[targets[index].dtype]
         mine = writes[writes["target_index"] == index]
         long = mine["length"] >= _SHORT_RUN
         total = _digest_short(elements, mine[~long], name)
@@ -126,7 +126,7 @@ def _digest_short(arena: Tensor, writes: np.ndarray, name: str) -> int:
     return total
 
 
-def _seen_as(arena: Tensor, dtype: str) -> Tensor:
+def seen_as(arena: Tensor, dtype: str) -> Tensor:
     """The arena's memory as elements of `dtype`, a remainder left out."""
     import torch
 

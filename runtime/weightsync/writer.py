@@ -1,4 +1,4 @@
-"""A trainer rank's hands: learns the engines of a push, prepares one transfer for each, writes, and says so to them.
+"""A trainer rank's hands: learns the engines of a push, prepares a transfer for each of them and group, writes, and says so.
 
 The coordinator decides when; this module knows how. Peers and prepared transfers are kept between pushes by incarnation, so
 that a push to an unchanged fleet plans, connects and prepares nothing. Imports the transport, never vLLM.
@@ -11,13 +11,14 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
 import numpy as np
 
-from weightsync import verify
+from weightsync import pipeline, verify
 from weightsync.errors import FencedOut, PlanError, TransportError
 from weightsync.layout.records import ITEM_BYTES, TargetLayout
+from weightsync.meter import WritesMeter
 from weightsync.plan import Plan, make_plan
 from weightsync.rendezvous.fencing import Notification
 from weightsync.rendezvous.incarnation import RankKey, replica_ranks
@@ -48,8 +49,30 @@ class _Peer:
 
     agent_name: str
     layout_digest: str
-    transfer: Transfer | None
-    """None when this rank has nothing to write there; it notifies all the same."""
+    transfers: tuple[Transfer | None, ...]
+    """By group of the arena; None where this rank has nothing to write there. It notifies all the same."""
+
+    @property
+    def length_bytes(self) -> int:
+        return sum(transfer.length_bytes for transfer in self.prepared)
+
+    @property
+    def prepared(self) -> list[Transfer]:
+        return [transfer for transfer in self.transfers if transfer is not None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Planned:
+    """What this rank writes into the engines of one layout."""
+
+    plan: Plan
+    writes: tuple[np.ndarray, ...]
+    """By group of the arena; dtype `plan.WRITE`."""
+    meters: tuple[WritesMeter, ...]
+
+    def partials(self) -> dict[int, int]:
+        """This rank's share of each target's digest, by target index."""
+        return WritesMeter.read(self.meters)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,13 +97,11 @@ class Writer:
         self._rendezvous = rendezvous
         self._met: dict[RankKey, _Met] = {}
         self._layouts: dict[str, TargetLayout] = {}
-        self._plans: dict[str, Plan] = {}
-        self._writes: dict[str, np.ndarray] = {}
+        self._planned: dict[str, _Planned] = {}
         self._peers: dict[RankKey, _Peer] = {}
-        self._partials: dict[tuple[str, str], dict[int, int]] = {}
-        """By layout digest, and by push where that decides what is measured."""
+        self._partials: dict[str, dict[int, int]] = {}
         self._stuck: list[tuple[_Peer, Deadline]] = []
-        """Peers that were lost while bytes were on their way, and when these must have ended."""
+        """Peers that were lost while bytes were on their way, and the deadline of that push."""
 
     def learn(self, members: Mapping[str, str], deadline: Deadline, *, catch_up: bool) -> dict[str, str]:
         """Plan for, connect to and prepare writes into every rank of `members` (replica -> incarnation).
@@ -98,7 +119,7 @@ class Writer:
         for key in keys:
             if key not in self._peers:
                 self._peers[key] = self._connect(self._met[key])
-        return {self._met[key].layout_digest: self._plans[self._met[key].layout_digest].digest for key in keys}
+        return {digest: self._planned[digest].plan.digest for digest in {self._met[key].layout_digest for key in keys}}
 
     def fill(self) -> None:
         """Convert the model as it is now into the arena. Raises ConversionError naming a tensor.
@@ -112,59 +133,110 @@ class Writer:
     def measure(self, record: PushRecord) -> None:
         """Digest what the arena brings to each layout of a push, unless that was done since it was filled."""
         for digest in record.plan_digests:
-            if self._measured_as(record, digest) not in self._partials:
-                plan, writes = self._plans[digest], self._writes[digest]
-                names = verify.chosen_names((t.name for t in plan.targets), mode=record.verify, push_id=record.push_id)
-                chosen = [index for index, target in enumerate(plan.targets) if target.name in names]
-                writes = writes[np.isin(writes["target_index"], chosen)]
-                partials = verify.digest_writes(self._slots.buffer, writes, plan.targets)
-                self._partials[self._measured_as(record, digest)] = partials
+            if record.verify != "off" and digest not in self._partials:
+                planned = self._planned[digest]
+                for meter in planned.meters:
+                    meter.launch()
+                self._partials[digest] = planned.partials()
 
     def write(
         self, record: PushRecord, replicas: Set[str], deadline: Deadline, lost: Callable[[], Set[str]]
     ) -> Written:
-        """Write into every rank of `replicas`, and notify each when all writes to it are done.
+        """Write what the arena holds into every rank of `replicas`, and notify each when all writes to it are done.
 
         Peers that fail are told in the result, and so are those of `lost()` replicas that bytes are still on their way to. A
         handle that is in flight GRACE_S after the deadline ends this process: nothing else can stop it (design section 8).
         """
-        pending = {key: self._peers[key] for name in replicas for key in replica_ranks(name, record.members[name])}
-        for peer in pending.values():
-            if peer.transfer is not None:
-                peer.transfer.post()
-        written, failed = 0, {}
-        while pending:
-            for key, peer in list(pending.items()):
-                if peer.transfer is not None and peer.transfer.in_flight:
-                    continue
-                del pending[key]
-                try:
-                    written += self._finish(record, peer)
-                except TransportError as error:
-                    self._drop(key)
-                    failed[key[0]] = f"rank {self._rank} to {peer.agent_name}: {error}"
-            if pending and {key[0] for key in pending} <= lost():
-                break
-            if pending and deadline.left_s < -GRACE_S:
-                self._end_process(list(pending.values()), record.push_id)
-            time.sleep(TRANSFER_POLL_S if pending else 0.0)
-        for key in pending:
-            failed[key[0]] = f"was lost while rank {self._rank} wrote"
-            self._stuck.append((self._peers.pop(key), deadline))
-        return Written(bytes=written, failed=failed, in_flight=tuple(sorted({key[0] for key in pending})))
+        peers = self._peers_of(record, replicas)
+        for number in range(len(self._slots.groups)):
+            _post(peers.values(), number)
+        return self._finish(record, peers, deadline, lost)
+
+    def convert_and_write(
+        self, record: PushRecord, replicas: Set[str], deadline: Deadline, lost: Callable[[], Set[str]]
+    ) -> Written:
+        """As `fill`, `measure` and `write`, each group on the wire while the next one is converted.
+
+        Bytes leave before all are known to be finite: only for engines that do not serve what arrives until it is committed.
+        Raises ConversionError naming a tensor, with every handle terminal.
+        """
+        self._wait_stuck()
+        peers, layouts = self._peers_of(record, replicas), [self._planned[digest] for digest in record.plan_digests]
+        self._partials.clear()
+        transfers = [transfer for peer in peers.values() for transfer in peer.prepared]
+
+        def convert(number: int) -> Callable[[], bool]:
+            ready = self._slots.fill_group(number)
+            for planned in layouts:
+                planned.meters[number].launch()
+            return ready
+
+        self._slots.begin()
+        try:
+            pipeline.run(
+                len(self._slots.groups),
+                convert,
+                lambda number: _post(peers.values(), number),
+                lambda: any(transfer.in_flight for transfer in transfers),
+            )
+            self._slots.check()
+        except BaseException:
+            self._wait_terminal(transfers, deadline, record.push_id)
+            raise
+        for digest in record.plan_digests:
+            self._partials[digest] = self._planned[digest].partials()
+        return self._finish(record, peers, deadline, lost)
 
     def close(self) -> None:
         """Release every handle; all are terminal between pushes, or end this process."""
         self._wait_stuck()
         for peer in self._peers.values():
-            if peer.transfer is not None:
-                peer.transfer.release()
+            for transfer in peer.prepared:
+                transfer.release()
         self._peers.clear()
 
-    @staticmethod
-    def _measured_as(record: PushRecord, layout_digest: str) -> tuple[str, str]:
-        """Where `_partials` has what this push wants measured: a sample is chosen anew each push."""
-        return layout_digest, record.push_id if record.verify == "sampled" else record.verify
+    def _peers_of(self, record: PushRecord, replicas: Set[str]) -> dict[RankKey, _Peer]:
+        return {key: self._peers[key] for name in replicas for key in replica_ranks(name, record.members[name])}
+
+    def _finish(
+        self, record: PushRecord, peers: Mapping[RankKey, _Peer], deadline: Deadline, lost: Callable[[], Set[str]]
+    ) -> Written:
+        """Tell each peer as soon as all that was posted to it is done; wait for all but the lost."""
+        written, failed, pending = 0, {}, dict(peers)
+        while pending:
+            for key, peer in list(pending.items()):
+                if _in_flight(peer.prepared):
+                    continue
+                del pending[key]
+                try:
+                    written += self._conclude(record, peer)
+                except TransportError as error:
+                    self._drop(key)
+                    failed[key[0]] = f"rank {self._rank} to {peer.agent_name}: {error}"
+            if pending and {key[0] for key in pending} <= lost():
+                break
+            if pending:
+                self._check_grace(list(pending.values()), deadline, record.push_id)
+                time.sleep(TRANSFER_POLL_S)
+        for key in pending:
+            failed[key[0]] = f"was lost while rank {self._rank} wrote"
+            self._stuck.append((self._peers.pop(key), deadline))
+        return Written(bytes=written, failed=failed, in_flight=tuple(sorted({key[0] for key in pending})))
+
+    def _conclude(self, record: PushRecord, peer: _Peer) -> int:
+        """The bytes of a peer's transfers, all of them ended, told to it. Raises TransportError when one did not end well."""
+        broken = [transfer for transfer in peer.prepared if transfer.poll() is TransferState.FAILED]
+        if broken:
+            raise TransportError(f"{len(broken)} of {len(peer.prepared)} transfers failed: {broken[0].failure}")
+        self._agent.notify(peer.agent_name, self._last_word(record, peer).encode())
+        return peer.length_bytes
+
+    def _wait_stuck(self) -> None:
+        """Until nothing reads the arena on behalf of an earlier push."""
+        while self._stuck:
+            peer, deadline = self._stuck.pop()
+            self._wait_terminal(peer.prepared, deadline, "that lost this peer")
+            self._release(peer)
 
     def _meet(self, key: RankKey, deadline: Deadline) -> _Met:
         replica, rank, incarnation = key
@@ -182,14 +254,13 @@ class Writer:
                     "the engines to catch up want other formats than the last push had: the next push brings them"
                 )
             return
-        old = self._slots.buffer
         self._wait_stuck()
+        old = self._slots.buffer
         if not self._slots.lay_out(engines):
             return
         for key in list(self._peers):
             self._drop(key)
-        self._plans.clear()
-        self._writes.clear()
+        self._planned.clear()
         self._partials.clear()
         if old.numel():
             self._agent.deregister(old)
@@ -197,30 +268,46 @@ class Writer:
 
     def _connect(self, met: _Met) -> _Peer:
         digest = met.layout_digest
-        if digest not in self._plans:
+        if digest not in self._planned:
             started = time.monotonic()
-            self._plans[digest] = make_plan(self._slots.layouts, self._layouts[digest])
-            self._writes[digest] = self._plans[digest].writes(self._rank)
-            logger.info(
-                "planned layout %s: %d writes in %.2f s", digest, len(self._writes[digest]), time.monotonic() - started
-            )
+            self._planned[digest] = self._plan(digest)
+            n_writes, took_s = sum(map(len, self._planned[digest].writes)), time.monotonic() - started
+            logger.info("planned layout %s: %d writes in %.2f s", digest, n_writes, took_s)
         agent_name = self._agent.connect(met.descriptor.metadata)
-        return _Peer(agent_name, digest, self._prepare(agent_name, digest, met.descriptor))
+        planned = self._planned[digest]
+        transfers = [
+            self._prepare(agent_name, planned.plan, writes, met.descriptor) if len(writes) else None
+            for writes in planned.writes
+        ]
+        return _Peer(agent_name, digest, tuple(transfers))
 
-    def _prepare(self, agent_name: str, digest: str, descriptor: EngineDescriptor) -> Transfer | None:
-        writes, targets, arena = self._writes[digest], self._plans[digest].targets, self._slots.buffer
-        if len(writes) == 0:
-            return None
+    def _plan(self, digest: str) -> _Planned:
+        plan = make_plan(self._slots.layouts, self._slots.wants(digest))
+        writes = plan.writes(self._rank)
+        item_bytes = np.array([ITEM_BYTES[target.dtype] for target in plan.targets], dtype=np.int64)
+        first_byte = writes["slot_offset"] * item_bytes[writes["target_index"]]
+        ends = [group.stop_bytes for group in self._slots.groups]
+        group_of = np.searchsorted(ends, first_byte, side="right")
+        by_group = tuple(writes[group_of == number] for number in range(len(ends)))
+        meters = tuple(WritesMeter(self._slots.buffer, mine, plan.targets) for mine in by_group)
+        return _Planned(plan, by_group, meters)
+
+    def _prepare(self, agent_name: str, plan: Plan, writes: np.ndarray, descriptor: EngineDescriptor) -> Transfer:
+        local, remote = zip(*self._pairs(plan, writes, descriptor), strict=True)
+        return self._agent.prepare(agent_name, local, remote)
+
+    def _pairs(self, plan: Plan, writes: np.ndarray, descriptor: EngineDescriptor) -> Iterator[tuple[Region, Region]]:
+        """(local, remote) of each write."""
+        arena = self._slots.buffer
         device_id = max(arena.get_device(), 0)
-        remote = [(descriptor.tensors[target.name], ITEM_BYTES[target.dtype]) for target in targets]
-        local_regions, remote_regions = [], []
+        remote = [(descriptor.tensors[target.name], ITEM_BYTES[target.dtype]) for target in plan.targets]
         for slot, index, offset, length in writes.tolist():
             tensor, item_bytes = remote[index]
-            address = arena.data_ptr() + slot * item_bytes
-            local_regions.append(Region(address=address, length_bytes=length * item_bytes, device_id=device_id))
-            address = tensor.address + offset * item_bytes
-            remote_regions.append(Region(address=address, length_bytes=length * item_bytes, device_id=tensor.device_id))
-        return self._agent.prepare(agent_name, local_regions, remote_regions)
+            here, there, length_bytes = (count * item_bytes for count in (slot, offset, length))
+            yield (
+                Region(address=arena.data_ptr() + here, length_bytes=length_bytes, device_id=device_id),
+                Region(address=tensor.address + there, length_bytes=length_bytes, device_id=tensor.device_id),
+            )
 
     def _last_word(self, record: PushRecord, peer: _Peer) -> Notification:
         return Notification(
@@ -230,37 +317,34 @@ class Writer:
             version=record.version,
             plan_digest=record.plan_digests[peer.layout_digest],
             writer_rank=self._rank,
-            bytes_written=0 if peer.transfer is None else peer.transfer.length_bytes,
-            partial_digests=self._partials[self._measured_as(record, peer.layout_digest)],
+            bytes_written=peer.length_bytes,
+            partial_digests=self._chosen_partials(record, peer.layout_digest),
         )
 
-    def _finish(self, record: PushRecord, peer: _Peer) -> int:
-        """The bytes of a transfer that ended, told to the peer. Raises TransportError when it did not end well."""
-        if peer.transfer is not None and peer.transfer.poll() is TransferState.FAILED:
-            raise TransportError(peer.transfer.failure)
-        self._agent.notify(peer.agent_name, self._last_word(record, peer).encode())
-        return 0 if peer.transfer is None else peer.transfer.length_bytes
+    def _chosen_partials(self, record: PushRecord, digest: str) -> dict[int, int]:
+        """This rank's share of the targets that the push measures, by target index."""
+        if record.verify == "off":
+            return {}
+        targets = self._planned[digest].plan.targets
+        names = verify.chosen_names((t.name for t in targets), mode=record.verify, push_id=record.push_id)
+        return {index: part for index, part in self._partials[digest].items() if targets[index].name in names}
 
-    def _wait_stuck(self) -> None:
-        """Until nothing reads the arena on behalf of an earlier push."""
-        while self._stuck:
-            peer, deadline = self._stuck[-1]
-            if peer.transfer is not None and peer.transfer.in_flight:
-                if deadline.left_s < -GRACE_S:
-                    self._end_process([peer], "that was lost")
-                time.sleep(TRANSFER_POLL_S)
-                continue
-            self._stuck.pop()
-            self._release(peer)
+    def _wait_terminal(self, transfers: Sequence[Transfer], deadline: Deadline, push_id: str) -> None:
+        while _in_flight(transfers):
+            self._check_grace(transfers, deadline, push_id)
+            time.sleep(TRANSFER_POLL_S)
 
-    def _end_process(self, stuck: Sequence[_Peer], push_id: str) -> None:
-        peers = ", ".join(peer.agent_name for peer in stuck[:5])
+    def _check_grace(self, waited_for: Sequence[_Peer] | Sequence[Transfer], deadline: Deadline, push_id: str) -> None:
+        """End this process once bytes are on their way GRACE_S after the deadline: nothing else stops them."""
+        if deadline.left_s >= -GRACE_S:
+            return
+        peers = sorted({each.agent_name if isinstance(each, _Peer) else each.peer for each in waited_for})
         logger.critical(
-            "push %s: %d transfers in flight %.0f s after the deadline, to %s; ending this process: nothing else stops them",
+            "push %s: transfers to %d peers in flight %.0f s after the deadline, %s; ending this process: nothing else stops them",
             push_id,
-            len(stuck),
+            len(peers),
             GRACE_S,
-            peers,
+            ", ".join(peers[:5]),
         )
         sys.stderr.flush()
         os._exit(70)
@@ -277,9 +361,22 @@ class Writer:
         self._release(self._peers.pop(key))
 
     def _release(self, peer: _Peer) -> None:
-        if peer.transfer is not None:
-            peer.transfer.release()
+        for transfer in peer.prepared:
+            transfer.release()
         self._agent.disconnect(peer.agent_name)
+
+
+def _in_flight(transfers: Sequence[Transfer]) -> list[Transfer]:
+    """Those that have not ended. Each is polled, which is what moves it on."""
+    return [transfer for transfer in transfers if transfer.in_flight]
+
+
+def _post(peers: Iterable[_Peer], number: int) -> None:
+    """Start one group's writes into every peer."""
+    for peer in peers:
+        transfer = peer.transfers[number]
+        if transfer is not None:
+            transfer.post()
 
 
 def check_plans(record: PushRecord, mine: Mapping[str, str]) -> None:

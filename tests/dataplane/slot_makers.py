@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from weightsync.layout.forms import SCALE_SUFFIX, scale_grid
+from weightsync.layout.forms import GROUP_BYTES, SCALE_SUFFIX, scale_grid
 from weightsync.layout.records import Copy, SourceTensor, Target, TargetLayout
 from weightsync.layout.shards import LocalPiece, LocalSources
 from weightsync.plan import make_plan
@@ -61,12 +61,19 @@ class Meeting:
         return torch.stack(self._given).amax(dim=0)
 
 
-def fill_all(locals_: Sequence[LocalSources], layout: TargetLayout, format_: str = "auto") -> list[SlotArena]:
-    """Every rank's arena, filled at once."""
+def fill_all(
+    locals_: Sequence[LocalSources],
+    layout: TargetLayout | Mapping[str, TargetLayout],
+    format_: str = "auto",
+    *,
+    group_bytes: int = GROUP_BYTES,
+) -> list[SlotArena]:
+    """Every rank's arena for one engine layout, or for several by digest, filled at once."""
+    engines = {layout.digest(): layout} if isinstance(layout, TargetLayout) else layout
     held = [local.layout(rank) for rank, local in enumerate(locals_)]
     meeting = Meeting(len(held))
     arenas = [
-        SlotArena(rank=rank, local=local, layouts=held, format_=format_, agree=meeting.agree)
+        SlotArena(rank=rank, local=local, layouts=held, format_=format_, agree=meeting.agree, group_bytes=group_bytes)
         for rank, local in enumerate(locals_)
     ]
     faults: list[Exception] = []
@@ -78,7 +85,7 @@ def fill_all(locals_: Sequence[LocalSources], layout: TargetLayout, format_: str
             faults.append(error)
 
     for arena in arenas:
-        assert arena.lay_out({layout.digest(): layout})
+        assert arena.lay_out(engines)
     threads = [threading.Thread(target=work, args=(arena,)) for arena in arenas]
     for thread in threads:
         thread.start()

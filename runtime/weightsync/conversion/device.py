@@ -1,74 +1,44 @@
-"""A rank's whole conversion on its GPU: one launch for all FP8 blocks, one for all casts, one look at what went wrong.
+"""A group's conversion on its GPU: one launch for all blocks or casts of a kind, one look at what went wrong.
 
 Prepared once for the same memory and used each push. Imports torch and Triton.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
+from weightsync.conversion.cast_kernels import Cast, CastGroup
 from weightsync.conversion.kernels import Fp8Group, Job
-from weightsync.errors import ConversionError
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cast:
-    """Elements that become bf16 or fp32. source and out: [n] each."""
-
-    name: str
-    source: Tensor
-    out: Tensor
-    through: torch.dtype
+__all__ = ["Cast", "DeviceConversion", "Job"]
 
 
 class DeviceConversion:
-    """All of one arena's slots.
+    """All slots of one group.
 
     blocks: (tensor's name, job) of each FP8 slot; casts: the others.
     """
 
     def __init__(self, blocks: Sequence[tuple[str, Job]], casts: Sequence[Cast], *, ue8m0: bool) -> None:
-        self._casts = casts
-        dtypes = sorted({job.source.dtype for _, job in blocks}, key=str)
-        self._groups = [
-            (
-                Fp8Group([job for _, job in blocks if job.source.dtype == dtype], ue8m0=ue8m0),
-                [name for name, job in blocks if job.source.dtype == dtype],
-            )
-            for dtype in dtypes
-        ]
+        self._groups: list[Fp8Group | CastGroup] = []
+        self.names: list[str] = []
+        """Of the tensors that `flags` speak of."""
+        for dtype in sorted({job.source.dtype for _, job in blocks}, key=str):
+            mine = [(name, job) for name, job in blocks if job.source.dtype == dtype]
+            self._groups.append(Fp8Group([job for _, job in mine], ue8m0=ue8m0))
+            self.names += [name for name, _ in mine]
+        for kind in sorted({_kind(cast) for cast in casts}):
+            alike = [cast for cast in casts if _kind(cast) == kind]
+            self._groups.append(CastGroup(alike))
+            self.names += [cast.name for cast in alike]
+        self.flags = [group.faults for group in self._groups]
+        """[n] int32 each, together one a name; not 0 where the last run met an infinity or a NaN."""
 
     def run(self) -> None:
-        """Convert on the current stream. Raises ConversionError naming tensors with an infinity or a NaN; waits for the device."""
-        for group, _ in self._groups:
-            group.faults.zero_()
+        """Launch on the current stream; waits for nothing."""
+        for group in self._groups:
             group.convert()
-        if self._casts:
-            outs = [cast.out for cast in self._casts]
-            torch._foreach_copy_(outs, [_rounded(cast) for cast in self._casts])  # pyright: ignore[reportPrivateImportUsage]
-        self._refuse_faults()
-
-    def _refuse_faults(self) -> None:
-        flags = [group.faults for group, _ in self._groups]
-        names = [name for _, of_group in self._groups for name in of_group]
-        if self._casts:
-            outs = [cast.out for cast in self._casts]
-            norms = torch._foreach_norm(outs, float("inf"))  # pyright: ignore[reportPrivateImportUsage]
-            flags.append((~torch.isfinite(torch.stack([norm.float() for norm in norms]))).int())
-            names += [cast.name for cast in self._casts]
-        bad = torch.cat(flags).nonzero().flatten().tolist() if flags else []
-        if bad:
-            raise ConversionError(
-                f"{len(bad)} tensors have an infinity or a NaN, such as {', '.join(sorted(names[i] for i in bad)[:5])}: the "
-                "optimizer step diverged; nothing was pushed"
-            )
 
 
-def _rounded(cast: Cast) -> Tensor:
-    """The source, rounded first where neither end has the checkpoint's dtype."""
-    kept = cast.through in (cast.source.dtype, cast.out.dtype)
-    return cast.source if kept else cast.source.to(cast.through)
+def _kind(cast: Cast) -> str:
+    return f"{cast.source.dtype} {cast.out.dtype} {cast.through}"

@@ -61,6 +61,7 @@ class Fp8Group:
 
     def convert(self) -> None:
         """Launch on the current stream."""
+        self.faults.zero_()
         grid = (len(self._tiles),)
         if self._words:
             _fp8_words[grid](

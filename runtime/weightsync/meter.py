@@ -1,0 +1,106 @@
+"""Digests of memory that is rewritten by every push: prepared once, measured where the memory is, on the host or on a GPU.
+
+The numbers are those of `weightsync.verify`. Imports torch; Triton only where there is a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from weightsync import verify
+
+if TYPE_CHECKING:
+    from weightsync.digest_kernels import Range
+    from weightsync.layout.records import Target
+
+
+class TensorMeter:
+    """Whole contiguous tensors by name."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._host = {name: tensor for name, tensor in tensors.items() if not tensor.is_cuda}
+        on_device = [(name, name, 0, tensor.reshape(-1)) for name, tensor in tensors.items() if tensor.is_cuda]
+        self._device = _DeviceSums(on_device) if on_device else None
+
+    def measure(self, names: Container[str] | None = None) -> dict[str, int]:
+        """Digest of each tensor, or of those named, as its memory is now; waits for all that the device has been given before.
+
+        A writer's word that it is done does not say that this device's kernels see the bytes: hence the whole device.
+        """
+        digests = {
+            name: verify.digest_tensor(name, tensor)
+            for name, tensor in self._host.items()
+            if names is None or name in names
+        }
+        if self._device is not None:
+            torch.cuda.synchronize()
+            self._device.launch()
+            measured = cast(dict[str, int], _read([self._device]))
+            digests |= {name: digest for name, digest in measured.items() if names is None or name in names}
+        return digests
+
+
+class WritesMeter:
+    """What a rank's writes (dtype `plan.WRITE`) bring from its slot arena (flat uint8), by target index."""
+
+    def __init__(self, arena: Tensor, writes: np.ndarray, targets: Sequence[Target]) -> None:
+        self._arena, self._writes, self._targets = arena, writes, targets
+        self._device = _DeviceSums(_pieces(arena, writes, targets)) if arena.is_cuda and len(writes) else None
+
+    def launch(self) -> None:
+        """On a GPU, begin to measure on the current stream; `read` waits for the result."""
+        if self._device is not None:
+            self._device.launch()
+
+    @classmethod
+    def read(cls, meters: Sequence[WritesMeter]) -> dict[int, int]:
+        """Partial digests of all meters together; on a GPU those of the last launch. Targets that get nothing are absent."""
+        totals = cast(dict[int, int], _read([meter._device for meter in meters if meter._device is not None]))
+        for meter in meters:
+            if meter._device is None:
+                for index, digest in verify.digest_writes(meter._arena, meter._writes, meter._targets).items():
+                    totals[index] = (totals.get(index, 0) + digest) & verify.MASK
+        return totals
+
+
+class _DeviceSums:
+    """Digests of (key, name, start, flat) pieces on a GPU, added up by key."""
+
+    def __init__(self, pieces: Sequence[tuple[Hashable, str, int, Tensor]]) -> None:
+        from weightsync.digest_kernels import DigestGroup, Range
+
+        by_size: dict[int, list[tuple[Hashable, Range]]] = {}
+        for key, name, start, flat in pieces:
+            by_size.setdefault(flat.element_size(), []).append((key, Range(name=name, start=start, flat=flat)))
+        self.groups = [
+            ([key for key, _ in items], DigestGroup([range_ for _, range_ in items])) for items in by_size.values()
+        ]
+
+    def launch(self) -> None:
+        for _, group in self.groups:
+            group.digest()
+
+
+def _read(measured: Sequence[_DeviceSums]) -> dict[Hashable, int]:
+    """The last launches' sums by key, brought to the host at once."""
+    groups = [group for sums in measured for group in sums.groups]
+    if not groups:
+        return {}
+    totals: dict[Hashable, int] = {}
+    keys = [key for keys, _ in groups for key in keys]
+    for key, digest in zip(keys, torch.cat([group.sums for _, group in groups]).tolist(), strict=True):
+        totals[key] = (totals.get(key, 0) + digest) & verify.MASK
+    return totals
+
+
+def _pieces(arena: Tensor, writes: np.ndarray, targets: Sequence[Target]) -> list[tuple[Hashable, str, int, Tensor]]:
+    views = {dtype: verify.seen_as(arena, dtype) for dtype in {target.dtype for target in targets}}
+    return [
+        (index, targets[index].name, offset, views[targets[index].dtype][slot : slot + length])
+        for slot, index, offset, length in writes.tolist()
+    ]
