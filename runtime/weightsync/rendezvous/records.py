@@ -110,6 +110,9 @@ class WriterReport(JsonRecord):
     """Those of them towards which bytes may still move: the rank will not touch its arena before they end."""
     seconds_by_phase: dict[str, float] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "in_flight", tuple(self.in_flight))  # JSON has lists
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Vote(JsonRecord):
