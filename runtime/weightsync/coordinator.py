@@ -144,9 +144,7 @@ class Coordinator:
             self._ledger.report_planned(record.push_id, 0)
             self._wait_ranks(record, participants, deadline, self._ledger.planned, "trainer ranks have not planned")
         with phases.phase("convert"):
-            if not record.catch_up:
-                self._writer.fill()
-            self._writer.measure(record)
+            prepare(self._writer, record, self._contract)
             self._ledger.report_ready(record.push_id, 0)
             self._wait_ranks(record, participants, deadline, self._ledger.ready, "trainer ranks are not ready to write")
         with phases.phase("open"):
@@ -154,7 +152,7 @@ class Coordinator:
             opened = frozenset(participants.left)
             self._ledger.release_writers(record.push_id, opened)
         with phases.phase("wire"):
-            write_and_report(self._ledger, self._writer, record, opened, 0, deadline)
+            write_and_report(self._ledger, self._writer, record, self._contract, opened, 0, deadline)
             self._wait_ranks(
                 record, participants, deadline, self._ledger.writer_reports, "trainer ranks have not written"
             )
@@ -312,13 +310,34 @@ class Coordinator:
             return self._ledger.applied(record.push_id)
 
 
+def converts_on_the_wire(record: PushRecord, contract: Contract) -> bool:
+    """Whether groups travel while others are converted: into staging a push may fail half way. A catch-up converts nothing."""
+    return contract.transfer.commit == "staged" and not record.catch_up
+
+
+def prepare(writer: Writer, record: PushRecord, contract: Contract) -> None:
+    """Convert and measure whatever must be known before the first byte leaves."""
+    if converts_on_the_wire(record, contract):
+        return
+    if not record.catch_up:
+        writer.fill()
+    writer.measure(record)
+
+
 def write_and_report(
-    ledger: Ledger, writer: Writer, record: PushRecord, replicas: Set[str], rank: int, deadline: Deadline
+    ledger: Ledger,
+    writer: Writer,
+    record: PushRecord,
+    contract: Contract,
+    replicas: Set[str],
+    rank: int,
+    deadline: Deadline,
 ) -> None:
     """Write this rank's part into `replicas`, and tell the ledger how it ended, and where bytes may still move."""
     started = time.monotonic()
     try:
-        written = writer.write(record, replicas, deadline, _LostReplicas(ledger, record))
+        write = writer.convert_and_write if converts_on_the_wire(record, contract) else writer.write
+        written = write(record, replicas, deadline, _LostReplicas(ledger, record))
     except WeightSyncError as error:
         ledger.report_writer(record.push_id, WriterReport(rank=rank, ok=False, reason=str(error)))
         raise

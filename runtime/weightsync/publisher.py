@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from weightsync.config import Contract, PodFacts
-from weightsync.coordinator import Coordinator, write_and_report
+from weightsync.coordinator import Coordinator, prepare, write_and_report
 from weightsync.errors import (
     ConfigError,
     ConversionError,
@@ -203,16 +203,15 @@ class Publisher:
         try:
             check_plans(record, self._writer.learn(record.members, deadline, catch_up=record.catch_up))
             self._ledger.report_planned(record.push_id, self._rank)
-            if not record.catch_up:
-                self._fill(record, deadline)
-            self._writer.measure(record)
+            self._wait_planned(record, deadline)
+            prepare(self._writer, record, self._contract)
             self._ledger.report_ready(record.push_id, self._rank)
             replicas = wait_until(
                 lambda: self._may_write(record),
                 deadline=deadline,
                 what=f"push {record.push_id}: receivers are not open",
             )
-            write_and_report(self._ledger, self._writer, record, replicas, self._rank, deadline)
+            write_and_report(self._ledger, self._writer, record, self._contract, replicas, self._rank, deadline)
         except PushAborted:
             raise
         except ConversionError as error:  # no later attempt sends these weights
@@ -223,14 +222,13 @@ class Publisher:
             raise PushAborted(f"push {record.push_id}: {error}") from error
         return self._outcome(record, deadline)
 
-    def _fill(self, record: PushRecord, deadline: Deadline) -> None:
-        """Convert, once every rank has planned: an exchange that one rank stays away from would hold the others."""
+    def _wait_planned(self, record: PushRecord, deadline: Deadline) -> None:
+        """Until every rank has planned: in an exchange of scales, one that stays away would hold the others."""
         wait_until(
             lambda: self._go_on(record, len(self._ledger.planned(record.push_id)) == self._world_size or None),
             deadline=deadline,
             what=f"push {record.push_id}: trainer ranks have not planned",
         )
-        self._writer.fill()
 
     def _may_write(self, record: PushRecord) -> frozenset[str] | None:
         return self._go_on(record, self._ledger.released(record.push_id))

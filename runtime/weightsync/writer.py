@@ -161,13 +161,14 @@ class Writer:
         Raises ConversionError naming a tensor, with every handle terminal.
         """
         self._wait_stuck()
-        peers, layouts = self._peers_of(record, replicas), [self._planned[digest] for digest in record.plan_digests]
+        peers = self._peers_of(record, replicas)
+        layouts = {digest: self._planned[digest] for digest in record.plan_digests if record.verify != "off"}
         self._partials.clear()
         transfers = [transfer for peer in peers.values() for transfer in peer.prepared]
 
         def convert(number: int) -> Callable[[], bool]:
             ready = self._slots.fill_group(number)
-            for planned in layouts:
+            for planned in layouts.values():
                 planned.meters[number].launch()
             return ready
 
@@ -177,14 +178,13 @@ class Writer:
                 len(self._slots.groups),
                 convert,
                 lambda number: _post(peers.values(), number),
-                lambda: any(transfer.in_flight for transfer in transfers),
+                lambda: _in_flight(transfers),
             )
             self._slots.check()
         except BaseException:
             self._wait_terminal(transfers, deadline, record.push_id)
             raise
-        for digest in record.plan_digests:
-            self._partials[digest] = self._planned[digest].partials()
+        self._partials.update({digest: planned.partials() for digest, planned in layouts.items()})
         return self._finish(record, peers, deadline, lost)
 
     def close(self) -> None:

@@ -188,16 +188,30 @@ class Pusher:
 
     def fill(self, version: int) -> None:
         """Convert `weights_of(version)` into the arena."""
+        self._change(version)
+        self.writer.fill()
+
+    def _change(self, version: int) -> None:
         mine = shard(weights_of(version), self._ranks)[self._rank]
         for piece, new in zip(self._local.pieces, mine.pieces, strict=True):
             piece.flat().copy_(new.flat())
-        self.writer.fill()
 
-    def write(self, record: PushRecord, *, lost: frozenset[str] = frozenset(), reports: bool = True) -> Written:
+    def convert_and_write(self, record: PushRecord, version: int) -> Written:
+        """As `fill` and `write`, group by group."""
+        self._change(version)
+        return self._tell(record, self.writer.convert_and_write(record, *self._to_all(record, frozenset())))
+
+    def write(self, record: PushRecord, *, lost: frozenset[str] = frozenset()) -> Written:
         """Write into the engine and tell the ledger."""
+        return self._tell(record, self.writer.write(record, *self._to_all(record, lost)))
+
+    def _to_all(
+        self, record: PushRecord, lost: frozenset[str]
+    ) -> tuple[frozenset[str], Deadline, Callable[[], frozenset[str]]]:
         deadline = Deadline.at(self._bench.ledger.deadline_to_monotonic(record.deadline_at))
-        written = self.writer.write(record, frozenset(record.members), deadline, lambda: lost)
-        if reports:
-            report = WriterReport(rank=self._rank, ok=True, failed=written.failed, in_flight=written.in_flight)
-            self._bench.ledger.report_writer(record.push_id, report)
+        return frozenset(record.members), deadline, lambda: lost
+
+    def _tell(self, record: PushRecord, written: Written) -> Written:
+        report = WriterReport(rank=self._rank, ok=True, failed=written.failed, in_flight=written.in_flight)
+        self._bench.ledger.report_writer(record.push_id, report)
         return written

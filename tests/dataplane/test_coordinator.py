@@ -72,20 +72,28 @@ class Replica:
 
 
 class Writer:
-    """Notes into which replicas it was let."""
+    """Notes what it is asked, and into which replicas it was let."""
 
     def __init__(self) -> None:
+        self.calls: list[str] = []
         self.wrote_into: list[list[str]] = []
         self.fails: dict[str, str] = {}
 
     def learn(self, *_: Any, **__: Any) -> dict[str, str]:
         return {"layout": "plan"}
 
-    def fill(self) -> None: ...
+    def fill(self) -> None:
+        self.calls.append("fill")
 
-    def measure(self, record: PushRecord) -> None: ...
+    def measure(self, record: PushRecord) -> None:
+        self.calls.append("measure")
+
+    def convert_and_write(self, *arguments: Any) -> Written:
+        self.calls.append("convert and")
+        return self.write(*arguments)
 
     def write(self, record: PushRecord, replicas: Set[str], deadline: Deadline, lost: Any) -> Written:
+        self.calls.append("write")
         self.wrote_into.append(sorted(replicas))
         return Written(bytes=1, failed=self.fails, in_flight=tuple(self.fails))
 
@@ -121,6 +129,10 @@ class Fleet:
         )
         return self._made[-1].push(step=1, sequence=len(self._made))
 
+    @property
+    def last(self) -> Coordinator:
+        return self._made[-1]
+
     def close(self) -> None:
         for replica in self.replicas.values():
             replica.close()
@@ -139,6 +151,19 @@ def test_all_take_part_by_default(fleet: Fleet) -> None:
     summary = fleet.push()
     assert (summary.outcome, summary.replicas, summary.dropped) == (Decision.COMMIT, list(NAMES), {})
     assert fleet.writer.wrote_into == [list(NAMES)]
+
+
+def test_staged_pushes_convert_while_bytes_travel_and_catch_ups_send_what_is_there(fleet: Fleet) -> None:
+    """In place an engine is paused from the first byte on, and a tensor that is not finite must be found before it."""
+    fleet.push()
+    assert fleet.writer.calls == ["fill", "measure", "write"]
+    fleet.writer.calls.clear()
+    summary = fleet.push(commit="staged", staging="device")
+    assert fleet.writer.calls == ["convert and", "write"]
+    fleet.writer.calls.clear()
+    caught_up = fleet.last.catch_up(version=summary.version, sequence=3, step=1)
+    assert caught_up is not None
+    assert fleet.writer.calls == ["measure", "write"]
 
 
 @pytest.mark.failure_mode(12)

@@ -56,6 +56,23 @@ def test_each_push_is_in_live_memory_once_committed_and_addresses_stay(make: Mak
     assert bench.refreshed == 3
 
 
+@pytest.mark.parametrize("mode", ["full", "sampled", "off"])
+def test_two_ranks_that_convert_group_by_group_bring_a_whole_version(make: Make, mode: str) -> None:
+    bench = make(verify=mode, **STAGED)
+    first, second = [bench.trainer(ranks=2, rank=rank) for rank in range(2)]
+    for version in (1, 2):
+        record = bench.begin(first, writers=2)
+        bench.begin(second, writers=2)  # it plans, too
+        bench.receiver.open(record)
+        first.convert_and_write(record, version)
+        second.convert_and_write(record, version)
+        votes = until("the engine has voted", lambda push_id=record.push_id: bench.ledger.votes(push_id), 15)
+        assert [vote.ok for vote in votes.values()] == [True]
+        bench.ledger.decide(record.push_id, Decision.COMMIT)
+        bench.receiver.commit(record.push_id)
+        assert bench.holds(version)
+
+
 @pytest.mark.failure_mode(12)
 @pytest.mark.failure_mode(20)
 def test_staged_bytes_touch_no_live_tensor_before_the_commit(make: Make) -> None:
