@@ -21,7 +21,7 @@ from weightsync.config import (
     RedisSection,
     TransferSection,
 )
-from weightsync.errors import LedgerUnavailable
+from weightsync.errors import FencedOut, LedgerUnavailable
 from weightsync.receiver import Description
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.records import PushRecord, Verdict
@@ -60,6 +60,8 @@ class FakeEngine:
         """To pause."""
         self.refuses: set[int] = set()
         """Ranks that find their bytes wrong."""
+        self.fences: set[int] = set()
+        """Ranks that refuse to open."""
         self._staged = staged
         self._ranks = [rank_of(0), rank_of(1)]
 
@@ -93,7 +95,10 @@ class FakeEngine:
             torn = not self._staged
             state, reason = ("DIRTY", args[1]) if torn else ("CLEAN", "")
             self._ranks = [dataclasses.replace(r, state=state, torn=torn, reason=reason) for r in self._ranks]
-        return [json.dumps(dataclasses.asdict(rank)) for rank in self._ranks]
+        answers = [dataclasses.asdict(rank) for rank in self._ranks]
+        if what == "open":
+            answers = [{"error": "FencedOut", "message": "no"} if a["rank"] in self.fences else a for a in answers]
+        return [json.dumps(answer) for answer in answers]
 
 
 class Scene:
@@ -189,6 +194,24 @@ async def test_no_rank_commits_where_one_has_not_verified(
         assert scene.engine.calls[-3:] == ["abort", "pause abort and drop the cache", "idle"]
         assert "it was committed without engine-0: rank 0 is VERIFIED; rank 1 is OPEN" in scene.replica.refusal()
     assert scene.ledger.applied(record.push_id) == {}
+
+
+@pytest.mark.asyncio
+async def test_a_push_that_one_rank_refuses_is_aborted_on_all_and_the_next_one_opens(
+    open_ledger: Callable[..., Ledger],
+) -> None:
+    """Without the abort the rank that opened refuses every later push: one is open already."""
+    scene = Scene(open_ledger, **STAGED)
+    scene.engine.fences = {1}
+    with pytest.raises(FencedOut, match="no"):
+        await scene.replica.open(scene.begin())
+    assert scene.engine.calls == ["open", "abort"]
+    scene.engine.fences = set()
+    record = scene.begin()
+    await scene.replica.open(record)
+    scene.ledger.decide(record.push_id, Decision.COMMIT)
+    await scene.concluded()
+    assert scene.replica.view.version == record.version
 
 
 @pytest.mark.failure_mode(58)

@@ -139,9 +139,11 @@ class Replica:
             if not self._staged:
                 await self._pause(deadline)
             await self._rpc("weightsync_open", record.to_json())
-        except BaseException:
-            await self._resume()
-            self._busy.release()
+        except BaseException as error:
+            try:
+                await self._abort(record, f"not opened: {error}")  # some ranks may have opened
+            finally:
+                self._busy.release()
             raise
         self._current = record
         self._spawn(self._conclude(record, deadline, started), f"weightsync-{record.push_id}")
