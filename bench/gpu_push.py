@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 
 from bench.shapes import Engine, trainer_parameters
 from weightsync.conversion import fp8
-from weightsync.layout.families import qwen3_moe
+from weightsync.layout.families import QWEN_MOE
 from weightsync.layout.forms import FP8, SCALE_SUFFIX
 from weightsync.layout.records import TargetLayout
 from weightsync.layout.shards import LocalPiece, LocalSources, sources_of
@@ -268,14 +268,14 @@ def _trainer(pipe: Any, case: Case, rank: int, group_bytes: int, descriptors: li
 
 def shards(parameters: dict[str, torch.Tensor], rank: int, ranks: int) -> LocalSources:
     """What one of `ranks` FSDP2 ranks holds: rows as torch.chunk gives them, experts whole."""
-    whole = sources_of(((name, value.to("meta")) for name, value in parameters.items()), qwen3_moe)
+    whole = sources_of(((name, value.to("meta")) for name, value in parameters.items()), QWEN_MOE)
     pieces, used = [], 0
     for name, value in parameters.items():
         width = value[0].numel() if value.dim() > 1 else 1
         chunk = -(-len(value) // ranks)
         low, high = min(rank * chunk, len(value)), min((rank + 1) * chunk, len(value))
         local = value[low:high]
-        for part, shape, at in qwen3_moe(name, tuple(value.shape)):
+        for part, shape, at in QWEN_MOE.parts(name, tuple(value.shape)):
             start, stop = max(low * width, at), min(high * width, at + math.prod(shape))
             if start < stop:
                 pieces.append(LocalPiece(part, start - at, stop - at, used, local, start - low * width))
@@ -387,7 +387,7 @@ def equal_to_own_conversion(layout: TargetLayout, live: dict[str, torch.Tensor],
     """Whether memory holds, byte for byte, what the torch reference makes of the same weights here, in the loader's places."""
     device = next(iter(live.values())).device
     parameters = trainer_parameters(layers, device, distinct=DISTINCT)
-    pieces = {piece.name: piece for piece in sources_of(parameters.items(), qwen3_moe).pieces}
+    pieces = {piece.name: piece for piece in sources_of(parameters.items(), QWEN_MOE).pieces}
     kinds = {source.name: source for source in layout.sources}
     made: dict[str, torch.Tensor] = {}
     for copy in layout.copies:

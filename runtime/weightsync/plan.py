@@ -11,223 +11,168 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
 from weightsync.errors import CoverageError, PlanError
 from weightsync.layout.coverage import listed, prove_coverage
-from weightsync.layout.records import ITEM_BYTES, SourceLayout, SourceTensor, Target, TargetLayout
-from weightsync.layout.strides import spread
+from weightsync.layout.held import REGION_BYTES, Held, item_bytes
+from weightsync.layout.records import SourceLayout, SourceTensor, TargetLayout
 from weightsync.layout.table import Axis, CopyTable, copy_table
-
-REGION_BYTES = 64 << 20
-"""Longest source region that is given to one of several holders as a whole."""
 
 WRITE = np.dtype([("slot_offset", "<i8"), ("target_index", "<i4"), ("target_offset", "<i8"), ("length", "<i8")])
 """One write: `length` elements from the writer's slot arena into target `Plan.targets[target_index]`, all counted in elements of
 that target's dtype."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Regions:
-    """Pieces of the source axis, no two of which overlap, each given to one rank that holds it whole."""
-
-    start: np.ndarray
-    stop: np.ndarray
-    owner: np.ndarray
-    """[A] index among the sorted ranks; -1 where nobody holds it."""
-    slot: np.ndarray
-    """[A] where the owner's arena has the region's first element."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reads:
-    """Which copy reads how many elements of which region, [P] each; only pairs that read something."""
-
-    copy: np.ndarray
-    region: np.ndarray
-    count: np.ndarray
-    bytes: np.ndarray
-
-
 class Plan:
-    """Every trainer rank's writes into one target layout; engine ranks with an equal layout share it."""
+    """Who writes what into one target layout; engine ranks with an equal layout share it.
 
-    def __init__(
-        self,
-        target: TargetLayout,
-        ranks: Sequence[int],
-        table: CopyTable,
-        regions: _Regions,
-        reads: _Reads,
-        digest: str,
-    ) -> None:
+    It is symbolic: what a rank writes is worked out when that rank asks.
+    """
+
+    def __init__(self, held: Held, target: TargetLayout, table: CopyTable, chosen: np.ndarray, digest: str) -> None:
         self.targets = tuple(sorted(target.targets, key=lambda t: t.name))
         """What `target_index` counts in."""
         self.digest = digest
-        """Hexadecimal; equal when target, ranks and what each of them writes are equal."""
+        """Hexadecimal; equal when target, ranks and what each of them holds and writes are equal."""
         self.fills = target.fills
         """Elements of the targets that no rank writes; they keep the loader's value."""
-        self._ranks, self._table, self._regions, self._reads = tuple(ranks), table, regions, reads
-        owner = regions.owner[reads.region]
-        sent = np.bincount(owner, weights=reads.bytes, minlength=len(ranks)).astype(np.int64)
-        self.bytes_per_rank = {rank: int(count) for rank, count in zip(ranks, sent, strict=True)}
+        self._held, self._table, self._chosen = held, table, chosen
+        self._item_bytes = item_bytes(self.targets)[table.target]
+
+    @cached_property
+    def bytes_per_rank(self) -> dict[int, int]:
         """Payload bytes that each trainer rank writes into one engine rank of this layout; 0 when it writes nothing."""
+        held = self._held
+        owners = np.concatenate([np.flatnonzero(held.alone), self._chosen])
+        wanted = _wanted(self._table, held, self._item_bytes)[held.region[owners]]
+        sent = np.bincount(held.rank[owners], weights=wanted, minlength=len(held.ranks))
+        return {rank: int(count) for rank, count in zip(held.ranks, sent, strict=True)}
 
     @property
     def total_bytes(self) -> int:
         """Payload bytes of one push into one engine rank of this layout."""
-        return sum(self.bytes_per_rank.values())
+        return int((self._table.numel * self._item_bytes).sum())
 
     def writes(self, rank: int) -> np.ndarray:
         """[W] records of dtype WRITE that `rank` performs, sorted by target; neighbours on both sides are merged.
 
         Raises PlanError for a rank that the plan was not made with.
         """
-        if rank not in self._ranks:
-            raise PlanError(f"rank {rank} is not among the plan's ranks {list(self._ranks)}")
-        mine = np.flatnonzero(self._regions.owner[self._reads.region] == self._ranks.index(rank))
-        region = self._reads.region[mine]
-        start, stop = self._regions.start[region], self._regions.stop[region]
-        item, source, target, element, length = self._table.runs_within(self._reads.copy[mine], start, stop)
-        slot = self._regions.slot[region][item] + (source - start[item])
-        return _merged(slot, target, element, length)
+        held = self._held
+        if rank not in held.ranks:
+            raise PlanError(f"rank {rank} is not among the plan's ranks {list(held.ranks)}")
+        me = held.ranks.index(rank)
+        mine = np.union1d(held.alone_of(me), self._chosen[held.rank[self._chosen] == me])
+        region, slot = held.region[mine], held.slot[mine]
+        start, stop = held.start[region], held.stop[region]
+        copy, item, _ = self._table.reads(start, stop)
+        pair, source, target, element, length = self._table.runs_within(copy, start[item], stop[item])
+        return _merged(slot[item][pair] + source - start[item][pair], target, element, length)
 
 
-def make_plan(sources: Sequence[SourceLayout], target: TargetLayout, *, region_bytes: int = REGION_BYTES) -> Plan:
+def make_plan(
+    sources: Held | Sequence[SourceLayout], target: TargetLayout, *, region_bytes: int = REGION_BYTES
+) -> Plan:
     """Give every element that `target` wants to exactly one rank that holds it.
 
-    Raises CoverageError naming each target that would be left incomplete or written twice, and PlanError when ranks and
-    engine disagree about a tensor's shape or dtype: a plan that leaves something out does not exist.
+    Who plans for several targets makes `Held` of the source layouts once; `region_bytes` is its then. Raises CoverageError
+    naming each target that would be left incomplete or written twice, and PlanError when ranks and engine disagree about a
+    tensor's shape or dtype: a plan that leaves something out does not exist.
     """
-    sources = sorted(sources, key=lambda layout: layout.rank)
-    ranks = [layout.rank for layout in sources]
-    if len(set(ranks)) != len(ranks):
-        raise PlanError(f"trainer ranks {ranks} are not distinct: each rank publishes one layout")
-    _check_agreement(sources, target)
+    held = sources if isinstance(sources, Held) else Held(sources, region_bytes)
+    held.require_same(target.sources)
     axis, targets = Axis(target.sources), Axis(target.targets)
     prove_coverage(target, targets)
-    table = copy_table(target, axis, targets)
-    regions, holders = _cut(sources, axis, region_bytes)
-    reads = _reads(table, regions, _item_bytes(targets.tensors)[table.target])
-    regions = _share_out(regions, holders, reads, len(ranks))
-    _check_held(target, axis, regions, reads, len(ranks))
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps([target.digest(), ranks]).encode())
-    for column in (regions.start, regions.stop, regions.owner, regions.slot):
-        digest.update(column.astype("<i8").tobytes())
-    return Plan(target, ranks, table, regions, reads, digest.hexdigest())
+    origin, foreign = _origins(axis, held)
+    table = copy_table(target, axis, targets, origin)
+    _check_held(target, table, held, foreign)
+    chosen = _share_out(held, table, item_bytes(targets.tensors)[table.target])
+    digest = hashlib.blake2b(json.dumps([target.digest(), held.digest]).encode(), digest_size=16)
+    digest.update(chosen.astype("<i8").tobytes())
+    return Plan(held, target, table, chosen, digest.hexdigest())
 
 
-def _item_bytes(tensors: Sequence[SourceTensor] | Sequence[Target]) -> np.ndarray:
-    """[n] bytes of one element of each tensor."""
-    unknown = sorted({tensor.dtype for tensor in tensors} - ITEM_BYTES.keys())
-    if unknown:
-        raise PlanError(f"tensors have dtypes {unknown}: known are {sorted(ITEM_BYTES)}")
-    return np.array([ITEM_BYTES[tensor.dtype] for tensor in tensors], dtype=np.int64)
+@dataclasses.dataclass(frozen=True)
+class _Foreign:
+    """Tensors that an engine wants and no rank states, laid behind the source axis."""
+
+    tensors: list[SourceTensor]
+    start: np.ndarray
+    stop: np.ndarray
 
 
-def _check_agreement(sources: Sequence[SourceLayout], target: TargetLayout) -> None:
-    """Linear element indices mean the same on both sides only when whole shapes and dtypes are equal."""
-    wanted = {tensor.name: tensor for tensor in target.sources}
-    faults = []
-    for layout in sources:
-        stated = {tensor.name: tensor for tensor in layout.tensors}
-        for name in sorted(wanted.keys() & stated.keys()):
-            have, want = stated[name], wanted[name]
-            if (have.shape, have.dtype) != (want.shape, want.dtype):
-                faults.append(
-                    f"{name}: rank {layout.rank} has {list(have.shape)} {have.dtype}, "
-                    f"the engine wants {list(want.shape)} {want.dtype}"
-                )
-        for h in layout.holdings:
-            if h.name not in stated or not 0 <= h.start <= h.stop <= stated[h.name].numel or h.local_offset < 0:
-                faults.append(
-                    f"{h.name}: rank {layout.rank} claims elements [{h.start}, {h.stop}), which the tensor lacks"
-                )
-    if faults:
-        raise PlanError(f"{listed(faults)}: trainer and engines must load the same model configuration")
+def _origins(axis: Axis[SourceTensor], held: Held) -> tuple[np.ndarray, _Foreign]:
+    """Where each tensor that the engine wants begins on the source axis."""
+    known = np.array([held.axis.index.get(tensor.name, -1) for tensor in axis.tensors], dtype=np.int64)
+    numel = np.where(known < 0, np.diff(axis.bounds), 0)
+    stop = held.axis.bounds[-1] + np.cumsum(numel)
+    origin = np.where(known < 0, stop - numel, held.axis.bounds[known])
+    foreign = np.flatnonzero(known < 0)
+    return origin, _Foreign([axis.tensors[i] for i in foreign.tolist()], origin[foreign], stop[foreign])
 
 
-def _cut(sources: Sequence[SourceLayout], axis: Axis[SourceTensor], region_bytes: int) -> tuple[_Regions, np.ndarray]:
-    """Cut the source axis wherever a holding or a tensor begins or ends, and every `region_bytes`.
+def _wanted(table: CopyTable, held: Held, bytes_each: np.ndarray) -> np.ndarray:
+    """[A] bytes that the engine reads of each region; `bytes_each` [C] is of one element of each copy."""
+    copy, region, count = table.reads(held.start, held.stop)
+    weights = count * bytes_each[copy]
+    return np.bincount(region, weights=weights, minlength=len(held.start)).astype(np.int64)
 
-    Returns regions that are still nobody's, and [H, 3] rows (region, rank index, slot): who could send it.
+
+def _share_out(held: Held, table: CopyTable, bytes_each: np.ndarray) -> np.ndarray:
+    """Holders (ascending) that send the regions which several ranks hold: longest first, each to the least loaded.
+
+    What ranks hold alone counts as load. Every rank decides it for all, so nothing is decided here by list order.
     """
-    rows = [
-        (axis.bounds[axis.index[h.name]] + h.start, axis.bounds[axis.index[h.name]] + h.stop, i, h.local_offset)
-        for i, layout in enumerate(sources)
-        for h in layout.holdings
-        if h.name in axis.index and h.stop > h.start
-    ]
-    start, stop, rank, slot = np.array(rows, dtype=np.int64).reshape(-1, 4).T
-    edges = np.unique(np.concatenate([axis.bounds, start, stop]))
-    tensor = np.searchsorted(axis.bounds, edges[:-1], side="right") - 1
-    longest = np.maximum(region_bytes // _item_bytes(axis.tensors)[tensor], 1)
-    piece_of, number = spread(-(-np.diff(edges) // longest))
-    edges = np.unique(np.concatenate([edges[:-1][piece_of] + number * longest[piece_of], edges[-1:]]))
-    first = np.searchsorted(edges, start)
-    holding, number = spread(np.searchsorted(edges, stop) - first)
-    region = first[holding] + number
-    holders = np.column_stack([region, rank[holding], slot[holding] + edges[region] - start[holding]])
-    nobody = np.full(len(edges) - 1, -1, dtype=np.int64)
-    return _Regions(edges[:-1], edges[1:], nobody, np.zeros_like(nobody)), holders
+    if not len(held.shared):
+        return np.zeros(0, dtype=np.int64)
+    wanted = _wanted(table, held, bytes_each)
+    alone = held.alone
+    load = np.bincount(held.rank[alone], weights=wanted[held.region[alone]], minlength=len(held.ranks))
+    shared = held.shared[wanted[held.shared] > 0]
+    shared = shared[np.lexsort((shared, -wanted[shared]))]
+    first = held.first_holder[shared].tolist()
+    loads, rank, chosen = load.astype(np.int64).tolist(), held.rank.tolist(), []
+    for begin, count, size in zip(first, held.holders[shared].tolist(), wanted[shared].tolist(), strict=True):
+        best = min(range(begin, begin + count), key=lambda i: (loads[rank[i]], rank[i]))
+        loads[rank[best]] += size
+        chosen.append(best)
+    return np.sort(np.array(chosen, dtype=np.int64))
 
 
-def _reads(table: CopyTable, regions: _Regions, item_bytes: np.ndarray) -> _Reads:
-    """`item_bytes`: [C], of each copy's elements."""
-    first = np.searchsorted(regions.stop, table.source_start, side="right")
-    last = np.searchsorted(regions.start, table.source_start + table.extent, side="left")
-    copy, number = spread(np.maximum(last - first, 0))
-    region = first[copy] + number
-    count = table.read_below(copy, regions.stop[region]) - table.read_below(copy, regions.start[region])
-    copy, region, count = copy[count > 0], region[count > 0], count[count > 0]
-    return _Reads(copy, region, count, count * item_bytes[copy])
-
-
-def _share_out(regions: _Regions, holders: np.ndarray, reads: _Reads, n_ranks: int) -> _Regions:
-    """Give each region that is read to one holder: sole holders first, then longest-first to the least loaded."""
-    wanted = np.bincount(reads.region, weights=reads.bytes, minlength=len(regions.start)).astype(np.int64)
-    holders = holders[np.lexsort((holders[:, 2], holders[:, 1], holders[:, 0]))]
-    distinct = np.ones(len(holders), dtype=bool)
-    distinct[1:] = (holders[1:, :2] != holders[:-1, :2]).any(1)
-    holders = holders[distinct & (wanted[holders[:, 0]] > 0)]
-    choices = np.bincount(holders[:, 0], minlength=len(regions.start))
-    chosen = choices[holders[:, 0]] == 1
-    alone = np.bincount(holders[chosen, 1], weights=wanted[holders[chosen, 0]], minlength=n_ranks)
-    load = alone.astype(np.int64).tolist()
-    first = np.searchsorted(holders[:, 0], np.arange(len(choices)))
-    shared = np.flatnonzero(choices > 1)
-    for region in shared[np.lexsort((shared, -wanted[shared]))].tolist():
-        candidates = range(int(first[region]), int(first[region] + choices[region]))
-        best = min(candidates, key=lambda i: (load[holders[i, 1]], holders[i, 1]))
-        load[holders[best, 1]] += int(wanted[region])
-        chosen[best] = True
-    owner, slot = regions.owner.copy(), regions.slot.copy()
-    region, rank, offset = holders[chosen].T
-    owner[region], slot[region] = rank, offset
-    return dataclasses.replace(regions, owner=owner, slot=slot)
-
-
-def _check_held(target: TargetLayout, axis: Axis[SourceTensor], regions: _Regions, reads: _Reads, n_ranks: int) -> None:
-    lost = np.flatnonzero(regions.owner[reads.region] < 0)
-    if not len(lost):
-        return
+def _check_held(target: TargetLayout, table: CopyTable, held: Held, foreign: _Foreign) -> None:
+    """Raise CoverageError naming each target that wants elements which no rank holds."""
+    start = np.concatenate([held.start[held.lost], foreign.start])
+    stop = np.concatenate([held.stop[held.lost], foreign.stop])
+    copy, region, count = table.reads(start, stop)
     faults: dict[str, tuple[str, int, int]] = {}
-    for i in lost.tolist():
-        copy, region = target.copies[reads.copy[i]], reads.region[i]
-        source, start = axis.locate(int(regions.start[region]))
-        where = f"[{start}, {start + int(regions.stop[region] - regions.start[region])}) of {source.name}"
-        first, count, others = faults.get(copy.target, (where, 0, 0))
-        faults[copy.target] = (first, count + int(reads.count[i]), others + 1)
+    for name, i, lost in zip(
+        (target.copies[c].target for c in copy.tolist()), region.tolist(), count.tolist(), strict=True
+    ):
+        first, total, others = faults.get(name, (_where(held, foreign, int(start[i]), int(stop[i])), 0, 0))
+        faults[name] = (first, total + lost, others + 1)
+    if not faults:
+        return
     told = [
         f"{name}: {count} elements come from {first}"
         f"{f' and {others - 1} more ranges' if others > 1 else ''}, which no rank holds"
         for name, (first, count, others) in sorted(faults.items())
     ]
     raise CoverageError(
-        f"{listed(told)} ({n_ranks} trainer ranks): publish those tensors, or every rank that holds a part of them"
+        f"{listed(told)} ({len(held.ranks)} trainer ranks): publish those tensors, or every rank that holds a part of them"
     )
+
+
+def _where(held: Held, foreign: _Foreign, start: int, stop: int) -> str:
+    """A range of the source axis in words."""
+    end = int(held.axis.bounds[-1])
+    if start < end:
+        source, first = held.axis.locate(start)
+    else:
+        source, first = foreign.tensors[int(np.searchsorted(foreign.start, start, side="right")) - 1], 0
+    return f"[{first}, {first + stop - start}) of {source.name}"
 
 
 def _merged(slot: np.ndarray, target: np.ndarray, element: np.ndarray, length: np.ndarray) -> np.ndarray:

@@ -22,8 +22,19 @@ MESSAGE_LIMIT_BYTES = 4096
 HEADER_LIMIT_BYTES = 100_000_000
 ERRORS_KEPT = 8
 
-ARCHITECTURES = frozenset({"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"})
-"""Families whose trainer layout, loader trace and push are tested."""
+ARCHITECTURES = frozenset(
+    {
+        "DeepseekV32ForCausalLM",
+        "DeepseekV3ForCausalLM",
+        "Glm4MoeForCausalLM",
+        "GlmMoeDsaForCausalLM",
+        "LlamaForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+        "Qwen3MoeForCausalLM",
+    }
+)
+"""Families with a mapping in `layout.families`, each tested against what its module saves."""
 PUSHED_DTYPES = frozenset({"BF16", "F32"})
 
 TP_FIELD = "spec.inference.parallelism.tp"

@@ -39,7 +39,7 @@ from weightsync.errors import (
 )
 from weightsync.layout.families import family_of
 from weightsync.layout.records import SourceLayout
-from weightsync.layout.shards import sources_of
+from weightsync.layout.shards import named_tensors, sources_of
 from weightsync.rendezvous.heartbeat import writer_heartbeat
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.modelexpress import Rendezvous
@@ -94,7 +94,7 @@ class Publisher:
     def __init__(self, model: torch.nn.Module, *, contract: Contract, facts: PodFacts) -> None:
         self._rank, self._world_size = _position()
         self._contract = contract
-        self._local = sources_of(model.named_parameters(), family_of(_config_of(model)))
+        self._local = sources_of(named_tensors(model), family_of(_config_of(model)))
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._ledger = Ledger.from_contract(contract)

@@ -60,7 +60,7 @@ class SlotArena:
         self._wanted: Mapping[str, SourceTensor] = {}
         self._conversions: _Conversions | None = None
         self._places: list[int] = []
-        self._device = local.pieces[0].flat().device if local.pieces else torch.device("cpu")
+        self._device = _device_of(local.pieces)
         self.layouts: tuple[SourceLayout, ...] = ()
         """What every rank's arena carries, to plan with."""
         self.buffer = torch.empty(0, dtype=torch.uint8, device=self._device)
@@ -155,7 +155,7 @@ class SlotArena:
     def _convert(self, slot: Slot) -> None:
         source, out = self._source(slot), self._view(slot.offset_bytes, slot.numel, slot.dtype)
         if slot.scales is None:
-            convert_into(out.view(source.shape), source, name=slot.holding.name)
+            convert_into(out.view(source.shape), source, name=slot.holding.name, through=_dtype(slot.through))
             return
         amax = fp8.block_amax(source, slot.row_start)
         first = slot.row_start // BLOCK
@@ -203,7 +203,7 @@ class SlotArena:
         }
 
     def _view(self, offset_bytes: int, numel: int, dtype: str) -> Tensor:
-        wanted = cast(torch.dtype, getattr(torch, dtype))
+        wanted = _dtype(dtype)
         return self.buffer[offset_bytes : offset_bytes + numel * wanted.itemsize].view(wanted)
 
 
@@ -277,7 +277,7 @@ class _Conversions:
         for slot, source in zip(slots, sources, strict=True):
             out = self._view(slot.offset_bytes, slot.numel, slot.dtype).view(source.shape)
             if slot.scales is None:
-                casts.append(Cast(name=slot.holding.name, source=source, out=out, through=torch.bfloat16))
+                casts.append(Cast(name=slot.holding.name, source=source, out=out, through=_dtype(slot.through)))
                 continue
             across = -(-slot.shape[1] // BLOCK)
             length = slot.scales.stop - slot.scales.start
@@ -309,6 +309,16 @@ def _check_format(wanted: Mapping[str, SourceTensor], format_: str) -> None:
         raise PlanError(
             f"transfer.format is {format_}, but engines want no tensor in FP8: do they serve an FP8 checkpoint of the model?"
         )
+
+
+def _dtype(name: str) -> torch.dtype:
+    return cast(torch.dtype, getattr(torch, name))
+
+
+def _device_of(pieces: Sequence[LocalPiece]) -> torch.device:
+    """The pieces' own; the host's where they are on several, as parameters that FSDP2 offloads beside buffers on the GPU."""
+    devices = {piece.parameter.device for piece in pieces}
+    return devices.pop() if len(devices) == 1 else torch.device("cpu")
 
 
 def _block_rows(row_start: int, rows: int) -> list[tuple[int, int, int]]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from weightsync import pipeline, verify
 from weightsync.errors import FencedOut, PlanError, TransportError
+from weightsync.layout.held import Held
 from weightsync.layout.records import ITEM_BYTES, TargetLayout
 from weightsync.meter import WritesMeter
 from weightsync.plan import Plan, make_plan
@@ -97,6 +98,7 @@ class Writer:
         self._rendezvous = rendezvous
         self._met: dict[RankKey, _Met] = {}
         self._layouts: dict[str, TargetLayout] = {}
+        self._held = Held(())
         self._planned: dict[str, _Planned] = {}
         self._peers: dict[RankKey, _Peer] = {}
         self._partials: dict[str, dict[int, int]] = {}
@@ -258,6 +260,7 @@ class Writer:
         old = self._slots.buffer
         if not self._slots.lay_out(engines):
             return
+        self._held = Held(self._slots.layouts)
         for key in list(self._peers):
             self._drop(key)
         self._planned.clear()
@@ -282,7 +285,7 @@ class Writer:
         return _Peer(agent_name, digest, tuple(transfers))
 
     def _plan(self, digest: str) -> _Planned:
-        plan = make_plan(self._slots.layouts, self._slots.wants(digest))
+        plan = make_plan(self._held, self._slots.wants(digest))
         writes = plan.writes(self._rank)
         item_bytes = np.array([ITEM_BYTES[target.dtype] for target in plan.targets], dtype=np.int64)
         first_byte = writes["slot_offset"] * item_bytes[writes["target_index"]]

@@ -73,7 +73,10 @@ def test_mlp_sizes_must_be_divisible_too(model: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"architectures": ["MambaForCausalLM"]}, "architecture MambaForCausalLM is not supported; supported: Llama"),
+        (
+            {"architectures": ["MambaForCausalLM"]},
+            "architecture MambaForCausalLM is not supported; supported: Deepseek",
+        ),
         ({"architectures": None}, "architecture (none) is not supported"),
         ({"quantization_config": {"quant_method": "fp8"}}, "the checkpoint is quantized (fp8)"),
         ({"num_attention_heads": None}, "config.json has num_attention_heads None"),

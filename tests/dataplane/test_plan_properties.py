@@ -12,9 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.dataplane.naive_plan import naive_plan
 from tests.dataplane.toy_models import Toy, execute, flat_bits
 from weightsync.errors import CoverageError
-from weightsync.layout.records import Holding, SourceLayout, SourceTensor
+from weightsync.layout.held import Held
+from weightsync.layout.records import Holding, SourceLayout, SourceTensor, TargetLayout
 from weightsync.plan import make_plan
 
 SETTINGS = settings(
@@ -156,6 +158,72 @@ def test_executing_the_plan_gives_what_the_loader_gives(data: st.DataObject) -> 
         for _, index, offset, length in writes.tolist():
             hits[plan.targets[index].name][offset : offset + length] += 1
     assert all((count == 1).all() for count in hits.values())
+
+
+@pytest.mark.failure_mode(1)
+@SETTINGS
+@given(st.data())
+def test_each_rank_alone_works_out_what_a_plan_of_all_ranks_gives_it(data: st.DataObject) -> None:
+    """Each rank makes a plan of its own and expands its own part: 1. its writes, and 2. everybody's bytes, are the naive plan's.
+
+    Fails when regions are shared out in listing order, or without the load of what ranks hold alone.
+    """
+    toy = data.draw(toys())
+    layouts = data.draw(holders(toy.source_tensors()))
+    region_bytes = data.draw(st.sampled_from([2, 16, 1 << 20]))
+    naive = naive_plan(layouts, toy.layout(), region_bytes)
+    digests = set()
+    for layout in layouts:
+        plan = make_plan(data.draw(st.permutations(layouts)), toy.layout(), region_bytes=region_bytes)
+        assert plan.writes(layout.rank).tolist() == naive.writes[layout.rank]
+        assert plan.bytes_per_rank == naive.bytes_per_rank
+        digests.add(plan.digest)
+    assert len(digests) == 1
+
+
+@SETTINGS
+@given(st.data())
+def test_what_ranks_hold_is_cut_once_for_all_engines(data: st.DataObject) -> None:
+    """Engines that want all targets or some of them: plans from one `Held` equal those made each from the layouts."""
+    toy = data.draw(toys())
+    layouts, whole = data.draw(holders(toy.source_tensors())), toy.layout()
+    held = Held(layouts)
+    some = data.draw(st.sets(st.sampled_from([target.name for target in whole.targets]), min_size=1))
+    for target in (whole, _part(whole, some)):
+        shared, alone = make_plan(held, target), make_plan(layouts, target)
+        assert (shared.digest, shared.bytes_per_rank) == (alone.digest, alone.bytes_per_rank)
+        for layout in layouts:
+            np.testing.assert_array_equal(shared.writes(layout.rank), alone.writes(layout.rank))
+
+
+def _part(layout: TargetLayout, names: set[str]) -> TargetLayout:
+    """An engine that has only these targets."""
+    copies = tuple(copy for copy in layout.copies if copy.target in names)
+    used = {copy.source for copy in copies}
+    return dataclasses.replace(
+        layout,
+        targets=tuple(target for target in layout.targets if target.name in names),
+        copies=copies,
+        sources=tuple(source for source in layout.sources if source.name in used),
+        fills=tuple(fill for fill in layout.fills if fill.target in names),
+    )
+
+
+@SETTINGS
+@given(st.data())
+def test_a_rank_that_was_told_otherwise_has_another_digest(data: st.DataObject) -> None:
+    """One slot elsewhere, or regions cut otherwise: `check_plans` compares digests and nothing else."""
+    toy = data.draw(toys())
+    layouts = data.draw(holders(toy.source_tensors()))
+    plan = make_plan(layouts, toy.layout())
+    rank = data.draw(st.sampled_from([i for i, layout in enumerate(layouts) if layout.holdings]))
+    moved = data.draw(st.integers(0, len(layouts[rank].holdings) - 1))
+    holdings = tuple(
+        dataclasses.replace(h, local_offset=h.local_offset + (i == moved)) for i, h in enumerate(layouts[rank].holdings)
+    )
+    told = [dataclasses.replace(one, holdings=holdings) if i == rank else one for i, one in enumerate(layouts)]
+    assert make_plan(told, toy.layout()).digest != plan.digest
+    assert make_plan(layouts, toy.layout(), region_bytes=2).digest != plan.digest
 
 
 @SETTINGS

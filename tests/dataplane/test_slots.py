@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from tests.dataplane.slot_makers import deliver, engine, fill_all, fp8_engine, same, shard
 from weightsync.conversion import fp8
 from weightsync.errors import ConversionError, PlanError, UnsupportedLayout
+from weightsync.layout.families import DENSE, ROUTER_BIAS_MOE
 from weightsync.layout.forms import ALIGN_BYTES, SCALE_SUFFIX, carry
 from weightsync.layout.records import Holding, SourceLayout, SourceTensor, TargetLayout
+from weightsync.layout.shards import LocalPiece, LocalSources, sources_of
 from weightsync.plan import make_plan
 from weightsync.slots import SlotArena
 
@@ -42,6 +44,47 @@ def test_any_sharding_of_rows_brings_the_bytes_of_the_whole_conversion(
         assert same(memory[f"p.{name}"].view(shape), fp8.quantize(weights[name], scales))
     assert same(memory["p.norm"], weights["norm"].to(torch.bfloat16))
     assert same(memory["p.router"], weights["router"].to(torch.bfloat16).float())
+
+
+@pytest.mark.failure_mode(9)
+def test_what_the_checkpoint_holds_in_fp32_arrives_unrounded_and_the_rest_rounded() -> None:
+    """An engine's fp32 router: its bias is fp32 in the checkpoint, its weight is not.
+
+    With one dtype for all (`through` left at its default) the bias arrives rounded to bf16: seen to fail.
+    """
+    weights = {"gate.weight": torch.rand(6, 8), "gate.e_score_correction_bias": torch.rand(6)}
+    wanted = engine([SourceTensor(name, tuple(value.shape), "float32") for name, value in weights.items()])
+    memory = deliver(fill_all([sources_of(weights.items(), ROUTER_BIAS_MOE)], wanted), wanted)
+    assert same(memory["p.gate.e_score_correction_bias"], weights["gate.e_score_correction_bias"])
+    assert same(memory["p.gate.weight"], weights["gate.weight"].bfloat16().float().flatten())
+
+
+@pytest.mark.failure_mode(4)
+def test_a_rank_with_several_parts_of_one_block_row_sends_the_scale_of_the_whole_block() -> None:
+    """Rows that a rank holds need not be neighbours (FSDP inside tensor parallelism): all parts of a block row, on one rank or on
+    two, are quantized by one scale, which both ranks carry.
+    """
+    whole = torch.randn(256, 128) * torch.linspace(0.1, 4, 256)[:, None]
+    held: list[list[tuple[int, int]]] = [[(0, 64), (128, 160), (170, 192)], [(64, 128), (160, 170), (192, 256)]]
+    tensors = (SourceTensor("w", (256, 128), "bfloat16"),)
+    locals_ = [
+        LocalSources(tensors, tuple(LocalPiece("w", a * 128, b * 128, 0, whole[a:b].contiguous(), 0) for a, b in parts))
+        for parts in held
+    ]
+    layout = fp8_engine({"w": (256, 128)}, {})
+    memory = deliver(fill_all(locals_, layout), layout)
+    assert same(memory["p.w_scale_inv"], scales_of(whole).flatten())
+    assert same(memory["p.w"], fp8.quantize(whole, scales_of(whole)).reshape(-1))
+
+
+def test_parameters_on_the_host_beside_others_are_carried_from_the_host() -> None:
+    """FSDP2 offloads parameters, not buffers. The meta device stands for a second one: an arena there could hold no bytes."""
+    named = {"w": torch.ones(4, 4, device="meta"), "b": torch.ones(4)}
+    local = sources_of(named.items(), DENSE)
+    arena = SlotArena(rank=0, local=local, layouts=[local.layout(0)], format_="auto", agree=lambda amax: amax)
+    wanted = engine([SourceTensor("b", (4,), "bfloat16")])
+    assert arena.lay_out({"d": wanted})
+    assert arena.buffer.device.type == "cpu"
 
 
 def test_ranks_that_hold_the_same_rows_share_what_they_send() -> None:

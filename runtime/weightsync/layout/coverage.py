@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from weightsync.errors import CoverageError, PlanError
-from weightsync.layout.records import Target, TargetLayout
-from weightsync.layout.strides import canonical, extent, spread
+from weightsync.layout.records import Shape, Target, TargetLayout
+from weightsync.layout.strides import canonical, extent, spread, steps
 from weightsync.layout.table import Axis
 
 SHOWN = 5
@@ -40,30 +38,26 @@ def listed(faults: list[str]) -> str:
     return "; ".join(faults[:SHOWN]) + more
 
 
-def target_ranges(
-    targets: Axis[Target], views: list[tuple[str, int, tuple[int, ...], tuple[int, ...]]]
-) -> tuple[np.ndarray, np.ndarray]:
+def target_ranges(targets: Axis[Target], views: list[tuple[str, int, Shape, Shape]]) -> tuple[np.ndarray, np.ndarray]:
     """Ranges [start, stop) of the target axis that views (target, offset, strides, shape) touch, [R] each."""
-    starts, counts, runs, outers = [], [], [], []
-    for name, offset, strides, shape in views:
-        tensor = targets.tensors[targets.index[name]]
-        outer, run = canonical(shape, strides)
-        if offset < 0 or offset + extent(outer, run) > tensor.numel:
-            raise PlanError(f"{name}: a write at element {offset}, shape {shape}, leaves its {tensor.numel} elements")
-        starts.append(offset + int(targets.bounds[targets.index[name]]))
-        runs.append(run)
-        outers.append(outer)
-        counts.append(math.prod(n for n, _ in outer))
-    owner, number = spread(np.array(counts, dtype=np.int64))
-    start = np.array(starts, dtype=np.int64)[owner]
-    for view in [i for i, outer in enumerate(outers) if outer]:
-        mine = np.searchsorted(owner, view), np.searchsorted(owner, view, side="right")
-        rest = number[mine[0] : mine[1]]
-        for n, stride in reversed(outers[view]):
-            rest, at = np.divmod(rest, n)
-            start[mine[0] : mine[1]] += at * stride
-    stop = start + np.array(runs, dtype=np.int64)[owner]
-    return start[stop > start], stop[stop > start]
+    if not views:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    numbers: dict[tuple[Shape, Shape], int] = {}
+    form = np.fromiter((numbers.setdefault((s, t), len(numbers)) for _, _, t, s in views), np.int64)
+    target = np.fromiter((targets.index[name] for name, *_ in views), np.int64)
+    offset = np.fromiter((offset for _, offset, *_ in views), np.int64)
+    forms = [canonical(shape, strides) for shape, strides in numbers]
+    reach = np.fromiter((extent(outer, run) for outer, run in forms), np.int64)
+    outside = (offset < 0) | (offset + reach[form] > np.diff(targets.bounds)[target])
+    for name, at, _, shape in (views[i] for i in np.flatnonzero(outside).tolist()):
+        numel = targets.tensors[targets.index[name]].numel
+        raise PlanError(f"{name}: a write at element {at}, shape {shape}, leaves its {numel} elements")
+    order = np.argsort(form, kind="stable")
+    begins = np.split((targets.bounds[target] + offset)[order], np.cumsum(np.bincount(form))[:-1])
+    starts = [(first[:, None] + steps(outer)).ravel() for first, (outer, _) in zip(begins, forms, strict=True)]
+    lengths = np.repeat(np.fromiter((run for _, run in forms), np.int64), [len(each) for each in starts])
+    start = np.concatenate(starts)
+    return start[lengths > 0], (start + lengths)[lengths > 0]
 
 
 def _written(layout: TargetLayout, targets: Axis[Target]) -> tuple[np.ndarray, np.ndarray]:

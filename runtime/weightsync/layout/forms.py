@@ -52,6 +52,8 @@ class Slot:
     shape: Shape
     """Of the whole tensor as it is carried."""
     dtype: str
+    through: str
+    """The checkpoint's dtype, which elements are rounded to on the way to `dtype`."""
     offset_bytes: int
     start: int
     stop: int
@@ -126,15 +128,16 @@ def carry(
     Raises UnsupportedLayout when a rank holds part of a row of a tensor that is wanted in FP8, PlanError when the engines' scales
     do not fit their tensor.
     """
-    shapes = {tensor.name: tensor.shape for tensor in held.tensors}
+    tensors = {tensor.name: tensor for tensor in held.tensors}
     arena = _Arena()
     slots: list[Slot] = []
     groups: list[Group] = []
     pending: list[Slot] = []
     pending_bytes = 0
     for holding in held.holdings:
-        parts = _parted(holding, shapes[holding.name], rows.get(holding.name, ()))
-        new = [slot for part in parts for slot in _slots_of(part, shapes[holding.name], wanted, columns) if slot.numel]
+        whole = tensors[holding.name]
+        parts = _parted(holding, whole.shape, rows.get(holding.name, ()))
+        new = [slot for part in parts for slot in _slots_of(part, whole, wanted, columns) if slot.numel]
         new_bytes = sum(slot.numel * _item_bytes(slot.dtype) for slot in new)
         if pending and pending_bytes + new_bytes > group_bytes:
             groups.append(arena.place(pending, slots))
@@ -147,8 +150,8 @@ def carry(
         Holding(slot.name, slot.start, slot.stop, slot.offset_bytes // ITEM_BYTES[slot.dtype]) for slot in slots
     ]
     holdings += [slot.scales for slot in slots if slot.scales is not None]
-    tensors = tuple(whole for tensor in held.tensors for whole in _produced(tensor, wanted, columns))
-    return Carried(SourceLayout(held.rank, tensors, tuple(holdings)), tuple(slots), tuple(groups), arena.used_bytes)
+    produced = tuple(form for tensor in held.tensors for form in _produced(tensor, wanted, columns))
+    return Carried(SourceLayout(held.rank, produced, tuple(holdings)), tuple(slots), tuple(groups), arena.used_bytes)
 
 
 def scale_grid(shape: Shape) -> Shape:
@@ -168,17 +171,19 @@ def _parted(holding: Holding, shape: Shape, rows: Sequence[int]) -> Iterator[tup
 
 def _slots_of(
     part: tuple[int, Holding],
-    shape: Shape,
+    whole: SourceTensor,
     wanted: Mapping[str, SourceTensor],
     columns: Mapping[str, tuple[Columns, ...]],
 ) -> Iterator[Slot]:
-    """The slots of a part of a holding, not yet placed."""
+    """The slots of a part of a holding of `whole`, not yet placed."""
     number, holding = part
+    shape = whole.shape
     if holding.name not in columns:
         want = wanted.get(holding.name)
         if want is not None:
             scales = _scales(holding, shape, wanted) if want.dtype == FP8 else None
-            yield Slot(holding.name, holding, shape, want.dtype, 0, holding.start, holding.stop, number, scales=scales)
+            ends = (holding.start, holding.stop)
+            yield Slot(holding.name, holding, shape, want.dtype, whole.dtype, 0, *ends, number, scales=scales)
         return
     first, last = holding.start // shape[1], holding.stop // shape[1]
     for piece in columns[holding.name]:
@@ -187,7 +192,7 @@ def _slots_of(
             carried = Holding(piece.name, first * piece.width, last * piece.width, 0)
             scales = _scales(carried, want.shape, wanted) if want.dtype == FP8 else None
             ends = (carried.start, carried.stop)
-            yield Slot(piece.name, holding, want.shape, want.dtype, 0, *ends, number, piece, scales)
+            yield Slot(piece.name, holding, want.shape, want.dtype, whole.dtype, 0, *ends, number, piece, scales)
 
 
 def _produced(
@@ -228,7 +233,7 @@ def _scales(holding: Holding, shape: Shape, wanted: Mapping[str, SourceTensor]) 
     if holding.start % columns or holding.stop % columns:
         raise UnsupportedLayout(
             f"{holding.name}: a rank holds elements [{holding.start}, {holding.stop}), parts of rows of {columns}: FP8 blocks need "
-            "whole rows; shard it along dim 0"
+            "whole rows; shard it along dim 0, or serve it unquantized"
         )
     first, last = holding.start // columns // BLOCK, -(-holding.stop // columns // BLOCK)
     across = scale_grid(shape)[1]

@@ -1,22 +1,28 @@
-"""What a trainer rank holds of each checkpoint tensor, from the DTensor placements of its parameters.
+"""What a trainer rank holds of each checkpoint tensor, from the DTensor placements of its module.
 
-First-cut placements: plain tensors (held by every rank), Replicate, and one Shard(0), alone or beside Replicate
-(FSDP2, HSDP). Imports torch and the records.
+Placements are not told apart by case: torch's own arithmetic splits the indices of each dim, so any mesh of Replicate, Shard and
+FSDP2's `_StridedShard` (FSDP2, HSDP, expert, tensor and context parallelism, one inside another) gives element ranges. A part
+that is not contiguous in the checkpoint's tensor is several pieces. Imports torch and the records.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from weightsync.errors import UnsupportedLayout
-from weightsync.layout.families import Family
+from weightsync.layout.families import Family, Parts
 from weightsync.layout.records import Holding, SourceLayout, SourceTensor
+
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+"""What activation checkpointing and torch.compile put into a module's names."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,74 +64,130 @@ class LocalSources:
         return SourceLayout(rank=rank, tensors=self.tensors, holdings=holdings)
 
 
-def sources_of(
-    named_parameters: Iterable[tuple[str, Tensor]], family: Family, *, dtype: str = "bfloat16"
-) -> LocalSources:
-    """Describe this rank's parameters in the checkpoint's names and shapes.
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Run:
+    """Elements [start, start + length) of a whole tensor, which are neighbours in the local one too."""
 
-    `dtype` is the checkpoint's, which the pieces are converted to before they are sent. Call it while parameters are
-    sharded (before the first forward). Raises UnsupportedLayout naming the tensor whose placement, strides or shard
-    size are not understood, or the checkpoint name that two parameters claim.
+    start: int
+    local_start: int
+    length: int
+
+
+def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A model's parameters, tied ones once, and the buffers that a checkpoint holds, under their names without wrappers.
+
+    FSDP2 modules whose parameters a forward left gathered are sharded again first: the gathered copies are freed later.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    for name, parameter in model.named_parameters():
+        yield _unwrapped(name), parameter
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield _unwrapped(name), buffer
+
+
+def sources_of(named: Iterable[tuple[str, Tensor]], family: Family, *, dtype: str = "bfloat16") -> LocalSources:
+    """Describe this rank's part of `named_tensors` in the checkpoint's names, shapes and dtypes.
+
+    `dtype` is the checkpoint's, but for what the family keeps in fp32; elements are rounded to it before they are sent, whatever
+    the dtype of the trainer's masters. Raises UnsupportedLayout naming the tensor whose placement, strides or shard size are not
+    understood, or the checkpoint name that two tensors claim.
     """
     tensors: dict[str, SourceTensor] = {}
     pieces: list[LocalPiece] = []
     used = 0
-    for parameter_name, parameter in named_parameters:
-        shape = tuple(parameter.shape)
-        held = _held(parameter_name, parameter)
-        for name, part_shape, part_start in family(parameter_name, shape):
+    for module_name, tensor in named:
+        parts = family.parts(module_name, tuple(tensor.shape))
+        for name, shape, _ in parts:
             if name in tensors:
                 raise UnsupportedLayout(
-                    f"{parameter_name} and another parameter both hold {name}: if they are tied, omit one"
+                    f"{module_name} and another parameter both hold {name}: if they are tied, omit one"
                 )
-            tensors[name] = SourceTensor(name, part_shape, dtype)
-            start, stop = max(held.start, part_start), min(held.stop, part_start + math.prod(part_shape))
-            if start < stop:
-                pieces.append(
-                    LocalPiece(name, start - part_start, stop - part_start, used, parameter, start - held.start)
-                )
-                used += stop - start
+            tensors[name] = SourceTensor(name, shape, family.dtype(name, dtype))
+        for name, start, run in _split(_held(module_name, tensor) if parts else [], parts):
+            pieces.append(LocalPiece(name, start, start + run.length, used, tensor, run.local_start))
+            used += run.length
     return LocalSources(tuple(tensors.values()), tuple(pieces))
 
 
-def _held(name: str, parameter: Tensor) -> range:
-    """Linear elements of the whole parameter that this rank's local tensor has."""
-    sharded_over = 1
-    held = range(parameter.numel())
-    if isinstance(parameter, DTensor):
-        coordinate = parameter.device_mesh.get_coordinate()
-        for mesh_dim, placement in enumerate(parameter.placements):
-            if type(placement) is Replicate:
-                continue
-            if type(placement) is not Shard or placement.dim != 0 or sharded_over > 1:
-                raise UnsupportedLayout(
-                    f"{name} has placements {list(parameter.placements)}: "
-                    "one Shard(0), alone or beside Replicate, can be pushed"
-                )
-            sharded_over = parameter.device_mesh.size(mesh_dim)
-            held = _chunk(parameter, sharded_over, None if coordinate is None else coordinate[mesh_dim])
-        if coordinate is None:
-            held = range(0)
-    local = _local(parameter)
-    if local.numel() != len(held) or not local.is_contiguous():
+def _split(runs: Sequence[_Run], parts: Parts) -> Iterator[tuple[str, int, _Run]]:
+    """Cut runs at the bounds of parts, both in ascending order: (part's name, first element within it, run)."""
+    at = 0
+    for name, shape, part_start in parts:
+        part_stop = part_start + math.prod(shape)
+        while at < len(runs) and runs[at].start < part_stop:
+            run = runs[at]
+            start, stop = max(run.start, part_start), min(run.start + run.length, part_stop)
+            if start < stop:
+                yield name, start - part_start, _Run(start, run.local_start + start - run.start, stop - start)
+            if run.start + run.length > part_stop:
+                break
+            at += 1
+
+
+def _held(name: str, tensor: Tensor) -> list[_Run]:
+    """What of the whole tensor this rank's local one has, in its order."""
+    indices = _indices(name, tensor)
+    local, want = _local(tensor), [len(index) for index in indices]
+    nothing = 0 in want
+    if (local.numel() if nothing else list(local.shape) != want) or not local.is_contiguous():
         raise UnsupportedLayout(
-            f"{name}: this rank has {local.numel()} elements (strides {local.stride()}), want {len(held)} contiguous "
-            f"ones of {list(parameter.shape)} for placements {list(getattr(parameter, 'placements', ['plain']))}"
+            f"{name}: this rank has {list(local.shape)} (strides {local.stride()}), want {'nothing' if nothing else want} of "
+            f"{list(tensor.shape)} for placements {list(getattr(tensor, 'placements', ['plain']))}: local tensors must be "
+            "contiguous, and sharded as torch does it; where two axes shard one dim, the outer one evenly"
         )
-    return held
+    return [] if nothing else _runs(tuple(tensor.shape), indices)
 
 
-def _chunk(parameter: Tensor, n_chunks: int, coordinate: int | None) -> range:
-    """What torch.chunk along dim 0 gives to a coordinate: ceil(rows / n) rows each, the last ones fewer or none."""
-    if coordinate is None:
-        return range(0)
-    rows = parameter.shape[0]
-    row_numel = math.prod(parameter.shape[1:])
-    chunk_rows = -(-rows // n_chunks)
-    start, stop = min(coordinate * chunk_rows, rows), min((coordinate + 1) * chunk_rows, rows)
-    return range(start * row_numel, stop * row_numel)
+def _indices(name: str, tensor: Tensor) -> list[Tensor]:
+    """For each dim the indices, ascending, that this rank's local tensor has of it; outside the tensor's mesh an empty one."""
+    indices = [torch.arange(n) for n in tensor.shape]
+    if not isinstance(tensor, DTensor):
+        return indices
+    mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+    for axis, placement in enumerate(tensor.placements):
+        if type(placement) is Replicate:
+            continue
+        if not isinstance(placement, Shard | _StridedShard):
+            raise UnsupportedLayout(
+                f"{name} has placements {list(tensor.placements)}: Replicate, Shard and FSDP2's _StridedShard can be pushed; "
+                "redistribute it before"
+            )
+        if coordinate is not None:
+            along = indices[placement.dim].view([1] * placement.dim + [-1])
+            chunks, _ = placement._split_tensor(along, mesh.size(axis), with_padding=False, contiguous=False)
+            indices[placement.dim] = chunks[coordinate[axis]].reshape(-1)
+    return [torch.arange(0)] if coordinate is None else indices
 
 
-def _local(parameter: Tensor) -> Tensor:
+def _runs(shape: tuple[int, ...], indices: Sequence[Tensor]) -> list[_Run]:
+    """Runs of neighbours among the elements that have `indices` along each dim of a row-major tensor, none of them empty."""
+    dim, inner = len(shape), 1
+    while dim and len(indices[dim - 1]) == shape[dim - 1]:
+        dim -= 1
+        inner *= shape[dim]
+    start, length = torch.zeros(1, dtype=torch.int64), torch.full((1,), inner)
+    if dim:
+        dim -= 1
+        first = torch.cat([torch.tensor([0]), torch.nonzero(indices[dim].diff() != 1).flatten() + 1])
+        start = indices[dim][first] * inner
+        length = torch.cat([first, torch.tensor([len(indices[dim])])]).diff() * inner
+    for outer in reversed(range(dim)):
+        start = (indices[outer][:, None] * math.prod(shape[outer + 1 :]) + start).flatten()
+        length = length.repeat(len(indices[outer]))
+    local_start = length.cumsum(0) - length
+    return [_Run(*run) for run in zip(start.tolist(), local_start.tolist(), length.tolist(), strict=True)]
+
+
+def _unwrapped(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _local(tensor: Tensor) -> Tensor:
     with torch.no_grad():
-        return parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()

@@ -44,6 +44,14 @@ def extent(outer: Outer, run: int, view: int = 0) -> int:
     return run + sum((n - 1) * strides[view] for n, *strides in outer)
 
 
+def steps(outer: Outer, view: int = 0) -> np.ndarray:
+    """Offset of each run of the canonical form from the first one, in its view number `view`."""
+    offsets = np.zeros(1, dtype=np.int64)
+    for n, *strides in outer:
+        offsets = (offsets[:, None] + np.arange(n) * strides[view]).ravel()
+    return offsets
+
+
 def is_nested(outer: Outer, run: int) -> bool:
     """True when the first view's dims (strides descending) lie inside one another, so that no element is met twice."""
     inside = run

@@ -1,20 +1,22 @@
 """The loader's copies as numpy columns, so that a plan of tens of thousands of tensors is arithmetic on arrays.
 
-All source tensors lie one behind the other on one axis (the source axis, in the order of sorted names): a position on
-it is a source element. Imports numpy and the records.
+All source tensors lie one behind the other on one axis (the source axis): a position on it is a source element. Copies of one
+shape and strides (a form) are reduced once; what is done for each copy is arithmetic. Imports numpy and the records.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Generic, TypeVar
 
 import numpy as np
 
 from weightsync.errors import PlanError, UnsupportedLayout
-from weightsync.layout.records import Copy, SourceTensor, Target, TargetLayout
+from weightsync.layout.records import Copy, Shape, SourceTensor, Target, TargetLayout
 from weightsync.layout.strides import canonical, extent, is_nested, spread
 
 T = TypeVar("T", SourceTensor, Target)
@@ -24,12 +26,12 @@ class Axis(Generic[T]):
     """Tensors laid one behind the other, sorted by name."""
 
     def __init__(self, tensors: Sequence[T]) -> None:
-        self.tensors = sorted(tensors, key=lambda tensor: tensor.name)
+        self.tensors = sorted(tensors, key=attrgetter("name"))
         self.index = {tensor.name: i for i, tensor in enumerate(self.tensors)}
         if len(self.index) != len(self.tensors):
             twice = next(a.name for a, b in itertools.pairwise(self.tensors) if a.name == b.name)
             raise PlanError(f"tensor {twice} is listed twice in one layout")
-        self.bounds = np.cumsum([0, *(tensor.numel for tensor in self.tensors)], dtype=np.int64)
+        self.bounds = np.cumsum([0, *(math.prod(tensor.shape) for tensor in self.tensors)], dtype=np.int64)
         """[len(tensors) + 1]: tensor i takes positions [bounds[i], bounds[i + 1])."""
 
     def locate(self, position: int) -> tuple[T, int]:
@@ -62,6 +64,24 @@ class CopyTable:
     def extent(self) -> np.ndarray:
         """[C] positions from the first to the last element read, both included."""
         return self.run + ((self.count - 1) * self.source_stride).sum(1)
+
+    @property
+    def numel(self) -> np.ndarray:
+        """[C] elements of each copy."""
+        return self.run * self.count.prod(1)
+
+    def reads(self, start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Which copy reads how many elements of which of these ascending, disjoint ranges of the source axis.
+
+        Returns (copy, range, count), [P] each, of the pairs that read something.
+        """
+        first = np.searchsorted(stop, self.source_start, side="right")
+        last = np.searchsorted(start, self.source_start + self.extent, side="left")
+        copy, number = spread(np.maximum(last - first, 0))
+        item = first[copy] + number
+        count = self.read_below(copy, stop[item]) - self.read_below(copy, start[item])
+        some = count > 0
+        return copy[some], item[some], count[some]
 
     def read_below(self, rows: np.ndarray, position: np.ndarray) -> np.ndarray:
         """[N] how many elements copy rows[n] reads at source positions below position[n], repeats counted."""
@@ -103,45 +123,74 @@ class CopyTable:
         return item, low, self.target[rows[item]], target + (low - source), high - low
 
 
-def copy_table(layout: TargetLayout, sources: Axis[SourceTensor], targets: Axis[Target]) -> CopyTable:
-    """Put the copies of a layout in columns.
+def copy_table(
+    layout: TargetLayout, sources: Axis[SourceTensor], targets: Axis[Target], origin: np.ndarray
+) -> CopyTable:
+    """Put the copies of a layout in columns; `origin` [n] is where each of the sorted sources begins on the source axis.
 
     Raises PlanError for a copy that leaves its tensors, UnsupportedLayout for one that reads overlapping windows.
     """
-    forms = [_source_form(copy, sources, targets) for copy in layout.copies]
-    depth = max((len(outer) for outer, _ in forms), default=0)
-    dims = np.array([[*outer, *[(1, 0, 0)] * (depth - len(outer))] for outer, _ in forms], dtype=np.int64).reshape(
-        len(forms), depth, 3
-    )
-    source = np.array([sources.index[copy.source] for copy in layout.copies], dtype=np.int64)
-    return CopyTable(
-        source_start=sources.bounds[source] + np.array([copy.source_offset for copy in layout.copies], dtype=np.int64),
-        target=np.array([targets.index[copy.target] for copy in layout.copies], dtype=np.int64),
-        target_start=np.array([copy.target_offset for copy in layout.copies], dtype=np.int64),
-        count=dims[:, :, 0],
-        source_stride=dims[:, :, 1],
-        target_stride=dims[:, :, 2],
-        run=np.array([run for _, run in forms], dtype=np.int64),
-    )
-
-
-def _source_form(
-    copy: Copy, sources: Axis[SourceTensor], targets: Axis[Target]
-) -> tuple[tuple[tuple[int, ...], ...], int]:
-    if copy.source not in sources.index or copy.target not in targets.index:
-        raise PlanError(f"copy from {copy.source} to {copy.target}: its layout does not list both tensors")
-    source, target = sources.tensors[sources.index[copy.source]], targets.tensors[targets.index[copy.target]]
-    if source.dtype != target.dtype:
-        raise PlanError(f"{target.name} is {target.dtype}, but {source.name} is {source.dtype}: writes convert nothing")
-    outer, run = canonical(copy.shape, copy.source_strides, copy.target_strides)
-    for view, (tensor, offset) in enumerate(((source, copy.source_offset), (target, copy.target_offset))):
-        if offset < 0 or offset + extent(outer, run, view) > tensor.numel:
-            raise PlanError(
-                f"copy from {copy.source} to {copy.target} touches elements beyond the {tensor.numel} of {tensor.name}"
-            )
-    if not is_nested(tuple(dim for dim in outer if dim[1] > 0), run):
+    copies = layout.copies
+    source = _column(sources.index.get(c.source, -1) for c in copies)
+    target = _column(targets.index.get(c.target, -1) for c in copies)
+    source_offset = _column(c.source_offset for c in copies)
+    target_offset = _column(c.target_offset for c in copies)
+    _check_tensors(copies, sources, targets, source, target)
+    numbers: dict[tuple[Shape, Shape, Shape], int] = {}
+    form = _column(numbers.setdefault((c.shape, c.source_strides, c.target_strides), len(numbers)) for c in copies)
+    forms = [canonical(*views) for views in numbers]
+    source_end = source_offset + _column(extent(outer, run, 0) for outer, run in forms)[form]
+    target_end = target_offset + _column(extent(outer, run, 1) for outer, run in forms)[form]
+    _check_inside(copies, sources, source, source_offset, source_end)
+    _check_inside(copies, targets, target, target_offset, target_end)
+    overlaps = [not is_nested(tuple(dim for dim in outer if dim[1] > 0), run) for outer, run in forms]
+    for copy in _those(copies, np.array(overlaps, dtype=bool)[form]):
         raise UnsupportedLayout(
             f"{copy.target}: the loader reads overlapping windows of {copy.source} "
             f"(shape {copy.shape}, strides {copy.source_strides})"
         )
-    return outer, run
+    depth = max((len(outer) for outer, _ in forms), default=0)
+    dims = np.array([[*outer, *[(1, 0, 0)] * (depth - len(outer))] for outer, _ in forms], dtype=np.int64)
+    count, source_stride, target_stride = np.moveaxis(dims.reshape(len(forms), depth, 3)[form], 2, 0)
+    return CopyTable(
+        source_start=origin[source] + source_offset,
+        target=target,
+        target_start=target_offset,
+        count=count,
+        source_stride=source_stride,
+        target_stride=target_stride,
+        run=_column(run for _, run in forms)[form],
+    )
+
+
+def _column(numbers: Iterable[int]) -> np.ndarray:
+    return np.fromiter(numbers, np.int64)
+
+
+def _those(copies: Sequence[Copy], at_fault: np.ndarray) -> list[Copy]:
+    return [copies[i] for i in np.flatnonzero(at_fault).tolist()]
+
+
+def _check_tensors(
+    copies: Sequence[Copy], sources: Axis[SourceTensor], targets: Axis[Target], source: np.ndarray, target: np.ndarray
+) -> None:
+    """Both tensors of each copy are listed (index -1: not), and in one dtype."""
+    for copy in _those(copies, (source < 0) | (target < 0)):
+        raise PlanError(f"copy from {copy.source} to {copy.target}: its layout does not list both tensors")
+    numbers: dict[str, int] = {}
+    of_source = _column(numbers.setdefault(tensor.dtype, len(numbers)) for tensor in sources.tensors)
+    of_target = _column(numbers.setdefault(tensor.dtype, len(numbers)) for tensor in targets.tensors)
+    for copy in _those(copies, of_source[source] != of_target[target]):
+        have, want = sources.tensors[sources.index[copy.source]], targets.tensors[targets.index[copy.target]]
+        raise PlanError(f"{want.name} is {want.dtype}, but {have.name} is {have.dtype}: writes convert nothing")
+
+
+def _check_inside(
+    copies: Sequence[Copy], axis: Axis[T], tensor: np.ndarray, offset: np.ndarray, end: np.ndarray
+) -> None:
+    outside = np.flatnonzero((offset < 0) | (end > np.diff(axis.bounds)[tensor]))
+    for i in outside.tolist():
+        copy, touched = copies[i], axis.tensors[int(tensor[i])]
+        raise PlanError(
+            f"copy from {copy.source} to {copy.target} touches elements beyond the {touched.numel} of {touched.name}"
+        )
