@@ -88,6 +88,9 @@ class Writer:
     def measure(self, record: PushRecord) -> None:
         self.calls.append("measure")
 
+    def wire_spans(self, *_: Any) -> list[Any]:
+        return []
+
     def convert_and_write(self, *arguments: Any) -> Written:
         self.calls.append("convert and")
         return self.write(*arguments)

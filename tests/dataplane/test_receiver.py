@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -280,13 +281,20 @@ def test_an_abort_while_the_bytes_are_measured_does_not_hang(make: Make, monkeyp
     assert reception is not None
     checked = reception._on_checked
 
-    def slow(faults: str) -> bool:
+    told: list[bool] = []
+    measured = threading.Event()
+
+    def slow(*found: Any) -> bool:
+        measured.set()
         until("the abort waits for this thread", lambda: reception.stopped, 10)
-        return checked(faults)
+        told.append(checked(*found))
+        return told[-1]
 
     monkeypatch.setattr(reception, "_on_checked", slow)
     trainer.write(record)
+    assert measured.wait(10)
     assert bench.receiver.abort(record.push_id, "at once").state == ReplicaState.CLEAN
+    assert told == [False]
     assert bench.ledger.votes(record.push_id) == {}
 
 
