@@ -98,6 +98,15 @@ class TransferSection(_Section):
         return self
 
 
+class TelemetrySection(_Section):
+    """What a trainer shows of its pushes besides the ledger."""
+
+    metrics_port: Port | None = None
+    """Each trainer rank serves Prometheus metrics at this port plus its local rank; not at all when left out."""
+    trace_folder: str | None = None
+    """The first trainer rank writes a trace of each push there, and keeps the last ones; not at all when left out."""
+
+
 class Contract(_Section):
     """Everything that a trainer rank or an engine must know about the session it belongs to."""
 
@@ -111,6 +120,7 @@ class Contract(_Section):
     endpoint: EndpointSection
     fabric: FabricSection
     transfer: TransferSection = TransferSection()
+    telemetry: TelemetrySection = TelemetrySection()
 
     @field_validator("contract")
     @classmethod
@@ -185,6 +195,8 @@ class PodFacts(BaseModel):
     ip: str
     epoch: int | None
     """The trainer's incarnation as the operator numbers it; None without an operator, and in engines."""
+    local_rank: int = 0
+    """Number of a trainer process within its pod."""
 
     @classmethod
     def load(cls, environ: Mapping[str, str] = os.environ) -> Self:
@@ -197,4 +209,5 @@ class PodFacts(BaseModel):
             uid=environ.get("POD_UID", f"pid-{os.getpid()}"),
             ip=environ.get("POD_IP", "127.0.0.1"),
             epoch=None if epoch is None else int(epoch),
+            local_rank=int(environ.get("LOCAL_RANK", "0")),
         )

@@ -10,8 +10,9 @@ import concurrent.futures
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Set
+from contextlib import suppress
+from pathlib import Path
 
 import httpx
 
@@ -22,7 +23,8 @@ from weightsync.participants import Participants
 from weightsync.rendezvous.handshake import Applied
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.records import Member, PushRecord, Verdict, Vote, WriterReport
-from weightsync.transport.agent import only_network_transport
+from weightsync.telemetry import Stopwatch, Transports, agree_on_transports, seconds_of, trace_events, write_trace
+from weightsync.transport.agent import transports_in_use
 from weightsync.waiting import Deadline, wait_until
 from weightsync.wire import Decision, PushSummary, ReplicaState
 from weightsync.writer import Writer
@@ -33,24 +35,11 @@ LEARN_S = 15.0
 """ModelExpress gets so long to know a member that the ledger lists."""
 APPLY_S = 5.0
 """Replicas get so long after a commit to say that they serve it; only the account waits for it, not the commit."""
+ACCOUNT_S = 1.0
+"""The account comes so long after the deadline at the latest: the other ranks wait GRACE_S for it."""
 OPEN_WORKERS = 64
 OPEN_LOOK_S = 0.25
 LOST_LOOK_S = 0.5
-
-
-@dataclasses.dataclass(kw_only=True)
-class _Phases:
-    """Seconds that each phase of a push took on the coordinator."""
-
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
 
 class Coordinator:
@@ -62,7 +51,8 @@ class Coordinator:
         self._world_size = world_size
         self._ledger = ledger
         self._writer = writer
-        self._sequence = 0
+        self.watch = Stopwatch()
+        """Of the last push."""
         self._http = httpx.Client(headers={"Authorization": f"Bearer {contract.endpoint_token()}"}, trust_env=False)
 
     def push(self, *, step: int, sequence: int) -> PushSummary:
@@ -71,8 +61,9 @@ class Coordinator:
         Raises PushAborted with the reason, FencedOut when superseded, ConversionError naming a tensor of this rank.
         """
         deadline = Deadline(self._contract.transfer.timeout_seconds)
-        members = self._wait_members(deadline)
-        return self._run(step, sequence, members, deadline, catch_up=0)
+        with self._ledger.bounded(deadline.moment):
+            members = self._wait_members(deadline)
+            return self._run(step, sequence, members, deadline, catch_up=0)
 
     def catch_up(self, *, version: int, sequence: int, step: int) -> PushSummary | None:
         """Bring the replicas that are torn or behind to `version`, which the arenas still hold; None when all are current."""
@@ -87,7 +78,8 @@ class Coordinator:
         if not late:
             return None
         deadline = Deadline(self._contract.transfer.timeout_seconds)
-        return self._run(step, sequence, late, deadline, catch_up=version)
+        with self._ledger.bounded(deadline.moment):
+            return self._run(step, sequence, late, deadline, catch_up=version)
 
     def close(self) -> None:
         self._http.close()
@@ -102,7 +94,7 @@ class Coordinator:
         catch_up: int,
     ) -> PushSummary:
         started = time.monotonic()
-        phases = _Phases()
+        phases = self.watch = Stopwatch()
         incarnations = {name: member.incarnation for name, member in members.items()}
         participants = Participants(members, self._quorum(catch_up > 0))
         with phases.phase("plan"):
@@ -127,9 +119,9 @@ class Coordinator:
             votes = {}
             if isinstance(error, ConversionError):  # no later attempt sends these weights
                 with suppress(PushAborted):
-                    self._account(record, verdict, participants, votes, phases, started)
+                    self._account(record, verdict, participants, votes, phases, started, deadline)
                 raise
-        return self._account(record, verdict, participants, votes, phases, started)
+        return self._account(record, verdict, participants, votes, phases, started, deadline)
 
     def _quorum(self, catch_up: bool) -> int | None:
         """Of late replicas each one counts by itself, where the fleet as a whole may lack some."""
@@ -137,7 +129,7 @@ class Coordinator:
         return quorum and (1 if catch_up else quorum)
 
     def _carry_out(
-        self, record: PushRecord, participants: Participants, deadline: Deadline, phases: _Phases
+        self, record: PushRecord, participants: Participants, deadline: Deadline, phases: Stopwatch
     ) -> dict[tuple[str, int], Vote]:
         """Everything between the begin of a push and its decision; raises when it cannot be committed."""
         with phases.phase("plan"):
@@ -151,8 +143,8 @@ class Coordinator:
             self._open(record, participants, deadline)
             opened = frozenset(participants.left)
             self._ledger.release_writers(record.push_id, opened)
+        write_and_report(self._ledger, self._writer, record, self._contract, opened, 0, deadline, phases)
         with phases.phase("wire"):
-            write_and_report(self._ledger, self._writer, record, self._contract, opened, 0, deadline)
             self._wait_ranks(
                 record, participants, deadline, self._ledger.writer_reports, "trainer ranks have not written"
             )
@@ -271,10 +263,8 @@ class Coordinator:
     def _decide_abort(self, record: PushRecord, error: WeightSyncError) -> Verdict:
         try:
             return self._ledger.decide(record.push_id, Decision.ABORT, str(error))
-        except WeightSyncError as unreachable:
-            return Verdict(
-                decision=Decision.ABORT, reason=f"{error}; and the decision could not be told: {unreachable}"
-            )
+        except LedgerUnavailable as unreachable:  # the engines abort by themselves, at the deadline
+            raise LedgerUnavailable(f"{error}; and the decision could not be told: {unreachable}") from error
 
     def _account(
         self,
@@ -282,29 +272,56 @@ class Coordinator:
         verdict: Verdict,
         participants: Participants,
         votes: Mapping[tuple[str, int], Vote],
-        phases: _Phases,
+        phases: Stopwatch,
         started: float,
+        deadline: Deadline,
     ) -> PushSummary:
         """Tell the ledger how the push went, whichever way; raises PushAborted when it was not committed."""
         applied: dict[str, Applied] = {}
         if verdict.decision is Decision.COMMIT:
             with phases.phase("commit"):
-                applied = self._wait_applied(record, len(participants.left))
+                applied = self._wait_applied(record, len(participants.left), deadline)
         reports = self._ledger.writer_reports(record.push_id)
         took_s = time.monotonic() - started
         summary = _summary(record, verdict, participants, votes, applied, reports, phases.seconds, took_s)
-        self._ledger.report_summary(record.push_id, dataclasses.replace(summary, finished_at=self._ledger.now()))
+        summary = dataclasses.replace(summary, finished_at=self._ledger.now())
+        self._ledger.report_summary(record.push_id, summary)
+        self._trace(summary, reports, votes, applied, phases)
         if verdict.decision is not Decision.COMMIT:
             raise PushAborted(f"version {record.version} (push {record.push_id}): {verdict.reason}")
         return summary
 
-    def _wait_applied(self, record: PushRecord, expected: int) -> dict[str, Applied]:
+    def _trace(
+        self,
+        summary: PushSummary,
+        reports: Mapping[int, WriterReport],
+        votes: Mapping[tuple[str, int], Vote],
+        applied: Mapping[str, Applied],
+        phases: Stopwatch,
+    ) -> None:
+        """Write what everybody told, where the contract asks for it; a full disk must not fail a push."""
+        folder = self._contract.telemetry.trace_folder
+        if folder is None:
+            return
+        spans = {f"trainer {rank}": report.spans for rank, report in reports.items()}
+        spans["trainer 0"] = phases.told(self._ledger.clock_of)
+        spans |= {f"{replica} rank {rank}": vote.spans for (replica, rank), vote in votes.items()}
+        spans |= {replica: item.spans for replica, item in applied.items()}
+        try:
+            write_trace(
+                Path(folder), summary.push_id, trace_events(summary.push_id, dataclasses.asdict(summary), spans)
+            )
+        except OSError as error:
+            logger.warning("push %s: its trace cannot be written: %s", summary.push_id, error)
+
+    def _wait_applied(self, record: PushRecord, expected: int, deadline: Deadline) -> dict[str, Applied]:
         def fetch() -> dict[str, Applied] | None:
             applied = self._ledger.applied(record.push_id)
             return applied if len(applied) >= expected else None
 
         try:
-            return wait_until(fetch, deadline=Deadline(APPLY_S), what="replicas have not said that they serve")
+            patience = Deadline(min(APPLY_S, max(deadline.left_s, 0.0) + ACCOUNT_S))
+            return wait_until(fetch, deadline=patience, what="replicas have not said that they serve")
         except DeadlineExceeded as error:
             logger.warning("push %s is committed, but %s", record.push_id, error)
             return self._ledger.applied(record.push_id)
@@ -332,22 +349,27 @@ def write_and_report(
     replicas: Set[str],
     rank: int,
     deadline: Deadline,
+    watch: Stopwatch,
 ) -> None:
     """Write this rank's part into `replicas`, and tell the ledger how it ended, and where bytes may still move."""
-    started = time.monotonic()
+    write = writer.convert_and_write if converts_on_the_wire(record, contract) else writer.write
     try:
-        write = writer.convert_and_write if converts_on_the_wire(record, contract) else writer.write
-        written = write(record, replicas, deadline, _LostReplicas(ledger, record))
+        with watch.phase("wire"):
+            written = write(record, replicas, deadline, _LostReplicas(ledger, record))
     except WeightSyncError as error:
         ledger.report_writer(record.push_id, WriterReport(rank=rank, ok=False, reason=str(error)))
         raise
+    watch.spans += writer.wire_spans(record, replicas)
+    moved_by = transports_in_use()
     report = WriterReport(
         rank=rank,
         ok=True,
         bytes=written.bytes,
         failed=written.failed,
         in_flight=written.in_flight,
-        seconds_by_phase={"wire": time.monotonic() - started},
+        spans=watch.told(ledger.clock_of),
+        transports=moved_by.names,
+        transport_proof=moved_by.proof,
     )
     ledger.report_writer(record.push_id, report)
 
@@ -382,12 +404,14 @@ def _summary(
 ) -> PushSummary:
     committed = verdict.decision is Decision.COMMIT
     received = sum(vote.bytes for vote in votes.values())
-    wire_s = max((report.seconds_by_phase.get("wire", 0.0) for report in reports.values()), default=0.0)
+    wire_s = max((seconds_of(report.spans).get("wire", 0.0) for report in reports.values()), default=0.0)
     holders = sorted(participants.left) if committed else sorted(record.members)
     digests = {replica: sum(int(v.digest, 16) for v in votes.values() if v.replica == replica) for replica in holders}
     measured = {verify.to_hex(digest) for digest in digests.values()}
     served = [verify.to_hex(sum(int(part, 16) for part in item.digest.split("+"))) for item in applied.values()]
-    transport = only_network_transport()
+    moved_by = agree_on_transports(
+        Transports(names=report.transports, proof=report.transport_proof) for report in reports.values() if report.bytes
+    )
     return PushSummary(
         push_id=record.push_id,
         epoch=record.epoch,
@@ -406,7 +430,8 @@ def _summary(
         dropped=participants.dropped,
         digest=min(measured) if committed else "",
         digest_ok=committed and len(measured) == 1 and set(served) == measured,
-        transports=[transport] if transport else [],
+        transports=moved_by.names,
+        transport_proof=moved_by.proof,
     )
 
 

@@ -40,12 +40,15 @@ from weightsync.errors import (
 from weightsync.layout.families import family_of
 from weightsync.layout.records import SourceLayout
 from weightsync.layout.shards import named_tensors, sources_of
+from weightsync.metrics import TrainerMetrics
 from weightsync.rendezvous.heartbeat import writer_heartbeat
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.modelexpress import Rendezvous
 from weightsync.rendezvous.records import PushRecord, WriterReport
 from weightsync.slots import Agree, SlotArena
+from weightsync.telemetry import Stopwatch
 from weightsync.transport import Agent
+from weightsync.transport.agent import transports_in_use
 from weightsync.waiting import Deadline, wait_until
 from weightsync.wire import Decision, PushSummary
 from weightsync.writer import GRACE_S, Writer, check_plans
@@ -94,6 +97,10 @@ class Publisher:
     def __init__(self, model: torch.nn.Module, *, contract: Contract, facts: PodFacts) -> None:
         self._rank, self._world_size = _position()
         self._contract = contract
+        self._watch = Stopwatch()
+        self._metrics = TrainerMetrics()
+        if contract.telemetry.metrics_port is not None:
+            self._metrics.serve(facts.ip, contract.telemetry.metrics_port + facts.local_rank)
         self._local = sources_of(named_tensors(model), family_of(_config_of(model)))
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -133,6 +140,8 @@ class Publisher:
         with self._lock:
             self._held = None
             self._held = self._push_until_committed(step)
+            watch = self._watch if self._coordinator is None else self._coordinator.watch
+            self._metrics.committed(self._held, watch.spans, transports_in_use())
             return _report(self._held)
 
     def _push_until_committed(self, step: int) -> PushSummary:
@@ -142,16 +151,19 @@ class Publisher:
                 try:
                     return self._push_once(step)
                 except (LedgerUnavailable, RendezvousUnavailable) as error:
+                    self._metrics.failed()
                     if outage.passed:
                         raise
                     logger.warning("step %d waits, %.0f s at most: %s", step, outage.left_s, error)
                     time.sleep(OUTAGE_PAUSE_S)
                 except (PushAborted, TransportError, DeadlineExceeded) as error:
+                    self._metrics.failed()
                     logger.warning("attempt %d of %d to push step %d: %s", attempt, ATTEMPTS, step, error)
                     if attempt == ATTEMPTS:
                         raise
-                    if self._coordinator is not None:  # the other ranks wait for it
-                        time.sleep(ATTEMPT_PAUSE_S * 2 ** (attempt - 1))
+                    time.sleep(
+                        ATTEMPT_PAUSE_S * 2 ** (attempt - 1)
+                    )  # all ranks alike: none may wait for rank 0's pause
                     break
         raise AssertionError("the last attempt returns or raises")
 
@@ -184,9 +196,10 @@ class Publisher:
         """Take part in the coordinator's next push; catch-ups that it began meanwhile are refused, the arena has changed."""
         patience = Deadline(self._contract.transfer.timeout_seconds + GRACE_S)
         while True:
-            record = wait_until(
-                self._take_next, deadline=patience, what=f"rank 0 has not begun the push of step {step}"
-            )
+            with self._ledger.bounded(patience.moment):
+                record = wait_until(
+                    self._take_next, deadline=patience, what=f"rank 0 has not begun the push of step {step}"
+                )
             if not record.catch_up:
                 break
             self._refuse(record, "this rank holds newer weights already")
@@ -200,18 +213,25 @@ class Publisher:
     def _follow(self, record: PushRecord) -> PushSummary:
         """This rank's part of a push that rank 0 coordinates, up to its decision."""
         deadline = Deadline.at(self._ledger.deadline_to_monotonic(record.deadline_at))
+        with self._ledger.bounded(deadline.moment):
+            return self._take_part(record, deadline)
+
+    def _take_part(self, record: PushRecord, deadline: Deadline) -> PushSummary:
+        watch = self._watch = Stopwatch()
         try:
-            check_plans(record, self._writer.learn(record.members, deadline, catch_up=record.catch_up))
+            with watch.phase("plan"):
+                check_plans(record, self._writer.learn(record.members, deadline, catch_up=record.catch_up))
             self._ledger.report_planned(record.push_id, self._rank)
-            self._wait_planned(record, deadline)
-            prepare(self._writer, record, self._contract)
+            with watch.phase("convert"):
+                self._wait_planned(record, deadline)
+                prepare(self._writer, record, self._contract)
             self._ledger.report_ready(record.push_id, self._rank)
             replicas = wait_until(
                 lambda: self._may_write(record),
                 deadline=deadline,
                 what=f"push {record.push_id}: receivers are not open",
             )
-            write_and_report(self._ledger, self._writer, record, self._contract, replicas, self._rank, deadline)
+            write_and_report(self._ledger, self._writer, record, self._contract, replicas, self._rank, deadline, watch)
         except PushAborted:
             raise
         except ConversionError as error:  # no later attempt sends these weights
@@ -241,6 +261,8 @@ class Publisher:
         return reached
 
     def _outcome(self, record: PushRecord, deadline: Deadline) -> PushSummary:
+        """How the push ended, from rank 0's account. Without one the ledger's decision counts: a commit is one all the same."""
+
         def fetch() -> PushSummary | None:
             summary = self._ledger.summary(record.push_id)
             if summary is None:
@@ -248,7 +270,16 @@ class Publisher:
             return summary
 
         patience = Deadline(max(deadline.left_s, 0.0) + GRACE_S)
-        summary = wait_until(fetch, deadline=patience, what=f"push {record.push_id}: rank 0 has not told how it ended")
+        try:
+            summary = wait_until(
+                fetch, deadline=patience, what=f"push {record.push_id}: rank 0 has not told how it ended"
+            )
+        except (DeadlineExceeded, PushAborted) as error:
+            verdict = self._ledger.decision(record.push_id)
+            if verdict is None or verdict.decision is not Decision.COMMIT:
+                raise
+            logger.warning("push %s is committed, without an account: %s", record.push_id, error)
+            return _unaccounted(record)
         if summary.outcome != Decision.COMMIT:
             raise PushAborted(f"version {record.version} (push {record.push_id}): {summary.reason}")
         return summary
@@ -300,8 +331,8 @@ class Publisher:
         if held is None:
             return
         if self._coordinator is not None:
-            summary = self._coordinator.catch_up(version=held.version, sequence=self._sequence + 1, step=held.step)
-            self._sequence += summary is not None
+            self._sequence += 1  # also for one that is aborted: the other ranks take no number twice
+            self._coordinator.catch_up(version=held.version, sequence=self._sequence, step=held.step)
             return
         newest = self._newest()
         if newest is not None and newest[1].catch_up and newest[1].version == held.version:
@@ -369,6 +400,19 @@ def _config_of(model: torch.nn.Module) -> dict[str, Any]:
             f"{type(model).__name__} has no Hugging Face `config`: it names the family that maps parameters to the checkpoint"
         )
     return config.to_dict()
+
+
+def _unaccounted(record: PushRecord) -> PushSummary:
+    """What is known of a committed push whose coordinator has not told more."""
+    return PushSummary(
+        push_id=record.push_id,
+        epoch=record.epoch,
+        version=record.version,
+        step=record.step,
+        outcome=Decision.COMMIT,
+        catch_up=record.catch_up,
+        replicas=sorted(record.members),
+    )
 
 
 def _report(summary: PushSummary) -> PushReport:

@@ -20,7 +20,7 @@ import torch
 from weightsync import verify
 from weightsync.config import Contract, PodFacts
 from weightsync.errors import FencedOut, LedgerUnavailable, WeightSyncError
-from weightsync.layout.records import ITEM_BYTES, TargetLayout
+from weightsync.layout.records import TargetLayout
 from weightsync.meter import TensorMeter
 from weightsync.reception import Reception
 from weightsync.rendezvous.fencing import Fence
@@ -73,6 +73,8 @@ class Description:
     """The push that was opened last; empty before any."""
     copy_seconds: float
     """What the last staged commit took to copy, wait for the device included; 0 in place."""
+    received_bytes: int = 0
+    """Payload that writers brought and this rank verified, since it began."""
 
 
 class Receiver:
@@ -112,7 +114,6 @@ class Receiver:
         self._generation = 0
         self._meter = TensorMeter(self._params)
         self._fills = self._measure_fills()
-        self._payload_bytes = self._count_payload()
         self._state = ReplicaState.CLEAN
         self._reason = ""
         self._torn = False
@@ -120,6 +121,7 @@ class Receiver:
         self._held = Held(epoch=0, version=0, digests=self._meter.measure())
         self._seen_epoch = 0
         self._last_push = ""
+        self._received_bytes = 0
         self._reception: Reception | None = None
         self._unsettled: tuple[PushRecord, frozenset[int]] | None = None
         self._heartbeat: Heartbeat
@@ -146,6 +148,7 @@ class Receiver:
                 torn=self._torn,
                 push_id=self._last_push,
                 copy_seconds=self._copy_seconds,
+                received_bytes=self._received_bytes,
             )
 
     def open(self, record: PushRecord) -> Description:
@@ -169,7 +172,7 @@ class Receiver:
                 landing=self._landing_meter,
                 names=self._params,
                 fills=self._fills,
-                payload_bytes=self._payload_bytes,
+                payload_bytes=self._layout.wanted_bytes,
                 on_checked=self._checked,
             )
             self._reception.start()
@@ -240,7 +243,7 @@ class Receiver:
             return self._params
         return {name: self._staging.tensors[name] for name in self._params}
 
-    def _checked(self, faults: str) -> bool:
+    def _checked(self, faults: str, received_bytes: int) -> bool:
         """On the reception's thread. False when the push has ended meanwhile."""
         with self._lock:
             reception = self._reception
@@ -249,6 +252,7 @@ class Receiver:
             self._reason = faults or (self._reason if self._torn else "")
             if not faults:
                 self._state = ReplicaState.VERIFIED
+                self._received_bytes += received_bytes
             return True
 
     def _apply(self, reception: Reception) -> list[str]:
@@ -313,7 +317,9 @@ class Receiver:
         logger.warning(
             "push %s: writers %s are silent, destroying agent %s", record.push_id, sorted(silent), self.incarnation
         )
-        self._heartbeat.close()
+        self._heartbeat.close(
+            timeout_s=0
+        )  # a beat under way may hang with the server, and its source leads nowhere now
         self._agent.close()
         if self._staging is not None and retirable:
             self._staging = self._staging.retire(self._params)
@@ -322,7 +328,7 @@ class Receiver:
     def _acknowledged(self, record: PushRecord) -> frozenset[int]:
         """Writers of whose bytes to this replica none can be under way any more."""
         try:
-            reports = self._ledger.until(time.monotonic() + 1.0).writer_reports(record.push_id)
+            reports = self._ledger.until(time.monotonic()).writer_reports(record.push_id)  # one try
         except LedgerUnavailable:
             return frozenset()
         return frozenset(rank for rank, report in reports.items() if self._replica not in report.in_flight)
@@ -370,12 +376,6 @@ class Receiver:
             flat = self._params[fill.target].reshape(-1)[fill.offset : fill.offset + fill.numel].cpu()
             totals[fill.target] = totals.get(fill.target, 0) + verify.digest_range(fill.target, fill.offset, flat)
         return totals
-
-    def _count_payload(self) -> int:
-        """Bytes that all writers of a push together write into this rank."""
-        dtypes = {target.name: target.dtype for target in self._layout.targets}
-        kept = sum(fill.numel * ITEM_BYTES[dtypes[fill.target]] for fill in self._layout.fills)
-        return sum(tensor.nbytes for tensor in self._params.values()) - kept
 
 
 def _names(wrong: list[str]) -> str:

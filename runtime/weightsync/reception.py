@@ -17,6 +17,7 @@ from weightsync.meter import TensorMeter
 from weightsync.rendezvous.fencing import Fence, Notification
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.records import PushRecord, Vote
+from weightsync.telemetry import Stopwatch
 from weightsync.transport import Agent
 from weightsync.waiting import Deadline
 
@@ -30,7 +31,7 @@ class Reception:
 
     landing: measures the memory that writers were offered; names: its targets; fills: digests of what no writer touches of them.
     payload_bytes: what all writers together must have written.
-    on_checked: told what is wrong, or nothing, before the vote; False when the push is over.
+    on_checked: told what is wrong, or nothing, and the bytes that came, before the vote; False when the push is over.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Reception:
         names: Iterable[str],
         fills: Mapping[str, int],
         payload_bytes: int,
-        on_checked: Callable[[str], bool],
+        on_checked: Callable[[str, int], bool],
     ) -> None:
         self.record = record
         self._targets = sorted(names)
@@ -80,20 +81,23 @@ class Reception:
 
     def _run(self) -> None:
         try:
-            notes = self._collect()
+            watch = Stopwatch()
+            with watch.phase("wire"):
+                notes = self._collect()
             if notes is None:
                 return
-            started = time.monotonic()
-            faults = self._check(notes)
-            if self._on_checked(faults):
-                self._ledger.vote(self.record.push_id, self._vote(faults, notes, time.monotonic() - started))
+            with watch.phase("verify"):
+                faults = self._check(notes)
+            vote = self._vote(faults, notes, watch)
+            if self._on_checked(faults, vote.bytes):
+                self._ledger.until(self._deadline.moment).vote(self.record.push_id, vote)
         except WeightSyncError as error:
             # The push ends by its deadline: the coordinator misses this vote, and the ledger's decision comes by RPC.
             logger.error(
                 "push %s: rank %d of %s cannot vote: %s", self.record.push_id, self._rank, self._replica, error
             )
 
-    def _vote(self, faults: str, notes: Mapping[int, Notification], seconds: float) -> Vote:
+    def _vote(self, faults: str, notes: Mapping[int, Notification], watch: Stopwatch) -> Vote:
         return Vote(
             replica=self._replica,
             rank=self._rank,
@@ -101,7 +105,7 @@ class Reception:
             reason=faults,
             digest=verify.to_hex(sum(self.digests.values())),
             bytes=sum(note.bytes_written for note in notes.values()),
-            seconds_by_phase={"verify": seconds},
+            spans=watch.told(self._ledger.clock_of),
         )
 
     def _collect(self) -> dict[int, Notification] | None:

@@ -131,6 +131,8 @@ class PushSummary(JsonRecord):
     digest_ok: bool = False
     """True when every replica measured that digest in live memory before it served."""
     transports: tuple[str, ...] | list[str] = ()
-    """UCX transports that moved the bytes, as UCX reports them."""
+    """UCX transports that moved the bytes, of all trainer ranks."""
+    transport_proof: str = ""
+    """How that is known: `ucx` from UCX's own choice of protocol, `exclusion` since UCX_TLS leaves one; empty: not proved."""
     finished_at: float = 0.0
     """Seconds since the Unix epoch, by the ledger's clock."""

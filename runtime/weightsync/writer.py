@@ -26,14 +26,16 @@ from weightsync.rendezvous.incarnation import RankKey, replica_ranks
 from weightsync.rendezvous.modelexpress import EngineDescriptor, Rendezvous
 from weightsync.rendezvous.records import PushRecord
 from weightsync.slots import SlotArena
+from weightsync.telemetry import Span
 from weightsync.transport import Agent, Region, Transfer, TransferState
 from weightsync.waiting import Deadline
 
 logger = logging.getLogger(__name__)
 
 TRANSFER_POLL_S = 0.0005
-GRACE_S = 10.0
-"""After the deadline a transfer gets so long to become terminal; then only the end of this process stops it."""
+GRACE_S = 1.5
+"""After the deadline a transfer gets so long to become terminal; then only the end of this process stops it. Whoever waits for
+another rank's word on a push gives it as much: no wait outlives the deadline by 2 s."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,8 +199,24 @@ class Writer:
                 transfer.release()
         self._peers.clear()
 
+    def wire_spans(self, record: PushRecord, replicas: Set[str]) -> list[Span]:
+        """The wire to each peer of a push that was just written, as NIXL measured it; peers that failed are left out."""
+        spans = []
+        for key in self._keys_of(record, replicas) & self._peers.keys():
+            peer = self._peers[key]
+            measured = [times for transfer in peer.prepared if (times := transfer.measured()) is not None]
+            if measured:
+                began = min(at for at, _ in measured)
+                ended = max(at + seconds for at, seconds in measured)
+                spans.append(Span("wire", began, ended - began, peer.agent_name, peer.length_bytes))
+        return spans
+
+    @staticmethod
+    def _keys_of(record: PushRecord, replicas: Set[str]) -> set[RankKey]:
+        return {key for name in replicas for key in replica_ranks(name, record.members[name])}
+
     def _peers_of(self, record: PushRecord, replicas: Set[str]) -> dict[RankKey, _Peer]:
-        return {key: self._peers[key] for name in replicas for key in replica_ranks(name, record.members[name])}
+        return {key: self._peers[key] for key in self._keys_of(record, replicas)}
 
     def _finish(
         self, record: PushRecord, peers: Mapping[RankKey, _Peer], deadline: Deadline, lost: Callable[[], Set[str]]
@@ -343,7 +361,7 @@ class Writer:
             return
         peers = sorted({each.agent_name if isinstance(each, _Peer) else each.peer for each in waited_for})
         logger.critical(
-            "push %s: transfers to %d peers in flight %.0f s after the deadline, %s; ending this process: nothing else stops them",
+            "push %s: transfers to %d peers in flight %.1f s after the deadline, %s; ending this process: nothing else stops them",
             push_id,
             len(peers),
             GRACE_S,

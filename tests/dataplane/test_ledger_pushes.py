@@ -19,6 +19,7 @@ from weightsync.errors import FencedOut
 from weightsync.rendezvous import connection
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.records import Vote, WriterReport
+from weightsync.telemetry import Span
 from weightsync.waiting import Deadline, wait_until
 from weightsync.wire import PUSHES_KEPT, Decision, PushSummary
 
@@ -186,7 +187,7 @@ def test_reports_and_votes_are_read_back_by_rank(ledger: Ledger, open_ledger: Op
     ledger.open_epoch(1)
     push = begin(ledger, 1)
     reports = {
-        rank: WriterReport(rank=rank, ok=True, bytes=rank, seconds_by_phase={"wire": 0.5}) for rank in (0, 1, 10)
+        rank: WriterReport(rank=rank, ok=True, bytes=rank, spans=(Span("wire", 1.0, 0.5),)) for rank in (0, 1, 10)
     }
     votes = {
         (replica, rank): Vote(replica=replica, rank=rank, ok=replica != "b:1", digest="ff", reason="torn")

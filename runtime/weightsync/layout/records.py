@@ -160,6 +160,13 @@ class TargetLayout:
         return sum(target.numel for target in self.targets)
 
     @cached_property
+    def wanted_bytes(self) -> int:
+        """Payload that writers bring: all targets, but for what the loader filled."""
+        item_bytes = {target.name: ITEM_BYTES[target.dtype] for target in self.targets}
+        whole = sum(target.numel * item_bytes[target.name] for target in self.targets)
+        return whole - sum(fill.numel * item_bytes[fill.target] for fill in self.fills)
+
+    @cached_property
     def _digest(self) -> str:
         return _digest(
             [

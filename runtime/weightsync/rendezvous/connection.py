@@ -10,7 +10,9 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Self, TypeVar, cast
 
 import redis
@@ -23,11 +25,15 @@ from weightsync.config import Contract
 from weightsync.errors import LedgerUnavailable
 from weightsync.rendezvous.retry import retry_until
 
-SOCKET_TIMEOUT_S = 2.0
+SOCKET_TIMEOUT_S = 0.8
+"""Of one try. A push that ends without its ledger makes two after its deadline: the last wait's, and to say so."""
 RETRY_PAUSE_S = 0.05
 """Between two tries; a refused connection answers at once and must not become a busy loop."""
 
 T = TypeVar("T")
+
+_bound: ContextVar[float] = ContextVar("weightsync-ledger-bound", default=math.inf)
+"""No call of this context is tried again after that moment of time.monotonic()."""
 
 
 class _Passing(Exception):
@@ -150,6 +156,16 @@ class LedgerConnection:
         other._until = deadline
         return other
 
+    @staticmethod
+    @contextmanager
+    def bounded(deadline: float) -> Iterator[None]:
+        """Whatever is called within, on this thread or one that asyncio lends it: no retry after `deadline` (time.monotonic)."""
+        token = _bound.set(min(deadline, _bound.get()))
+        try:
+            yield
+        finally:
+            _bound.reset(token)
+
     def close(self) -> None:
         """Close the sockets; a later call would open new ones."""
         self._client.close()
@@ -182,7 +198,7 @@ class LedgerConnection:
     def _call(self, what: str, command: Callable[[redis.Redis], T]) -> T:
         """Run `command`, again on passing faults until the deadline. Raises LedgerUnavailable saying what failed."""
         started = time.monotonic()
-        deadline = started + self._retry_s if self._until is None else self._until
+        deadline = min(_bound.get(), started + self._retry_s if self._until is None else self._until)
         try:
             return retry_until(deadline, lambda: self._attempt(command), passing=(_Passing,), pause_s=RETRY_PAUSE_S)
         except _Refused as error:
@@ -226,6 +242,12 @@ class LedgerConnection:
             # As if the answer had been given when the question left: a deadline is met early rather than late.
             self._shared.clock_offset_s = now - sent
         return now
+
+    def clock_of(self, moment: float) -> float:
+        """A moment of time.monotonic() by the ledger's clock, as that was read last; by this process's clock if it never was."""
+        with self._shared.lock:
+            offset_s = self._shared.clock_offset_s
+        return moment + (time.time() - time.monotonic() if offset_s is None else offset_s)
 
     def deadline_to_monotonic(self, deadline_at: float) -> float:
         """A deadline by the ledger's clock, as this process's time.monotonic(); early by at most one round trip.

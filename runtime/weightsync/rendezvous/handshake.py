@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable
 
 from weightsync.rendezvous.pushes import PushLedger
+from weightsync.telemetry import Span, spans_of
 from weightsync.wire import JsonRecord, Keys, PushSummary
 
 
@@ -24,6 +25,11 @@ class Applied(JsonRecord):
     """From the request to pause until generation went on."""
     copy_seconds: float = 0.0
     """Of that, what the slowest rank's device copy took in a staged commit; 0 in place."""
+    spans: tuple[Span, ...] = ()
+    """Its pause, open, apply and resume."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spans", spans_of(self.spans))
 
 
 class HandshakeLedger(PushLedger):

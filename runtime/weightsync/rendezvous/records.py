@@ -1,12 +1,14 @@
 """Records of the rendezvous that only the runtime reads: members, pushes, reports, votes.
 
-Frozen, JSON in and out, no tensor, no client; imports `weightsync.wire` only. What the operator reads too is in `wire`.
+Frozen, JSON in and out, no tensor, no client; imports `weightsync.wire` and `weightsync.telemetry` only. What the operator
+reads too is in `wire`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+from weightsync.telemetry import Span, spans_of
 from weightsync.wire import Decision, JsonRecord
 
 
@@ -108,10 +110,16 @@ class WriterReport(JsonRecord):
     """Why, for each replica that this rank could not write into while others went well."""
     in_flight: tuple[str, ...] = ()
     """Those of them towards which bytes may still move: the rank will not touch its arena before they end."""
-    seconds_by_phase: dict[str, float] = dataclasses.field(default_factory=dict)
+    spans: tuple[Span, ...] = ()
+    """Its plan, convert and wire, and the wire to each peer as NIXL measured it."""
+    transports: tuple[str, ...] = ()
+    transport_proof: str = ""
+    """See `weightsync.telemetry.Transports`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "in_flight", tuple(self.in_flight))  # JSON has lists
+        object.__setattr__(self, "spans", spans_of(self.spans))
+        object.__setattr__(self, "transports", tuple(self.transports))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,5 +134,8 @@ class Vote(JsonRecord):
     """Hexadecimal sum of the digests of the rank's targets, measured in place."""
     bytes: int = 0
     """Payload bytes, counted by the receiver."""
-    pause_seconds: float = 0.0
-    seconds_by_phase: dict[str, float] = dataclasses.field(default_factory=dict)
+    spans: tuple[Span, ...] = ()
+    """Its wire, from the opening to the last writer's word, and verify."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spans", spans_of(self.spans))

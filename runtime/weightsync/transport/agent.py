@@ -10,6 +10,7 @@ reach by shared memory stays open to it until that process dies.
 from __future__ import annotations
 
 import enum
+import functools
 import importlib
 import os
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from weightsync.errors import TransportError
+from weightsync.telemetry import Transports
+from weightsync.transport.ucx import UcxLog
 
 if TYPE_CHECKING:
     import torch
@@ -63,10 +66,14 @@ class Agent:
         # makes progress, and that is done only while a push is open.
         # STRICT: the receiver's worker thread polls notifications while RPCs register and describe memory.
         config = nixl.nixl_agent_config(
-            backends=[BACKEND], enable_prog_thread=False, sync_mode=nixl.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
+            backends=[BACKEND],
+            enable_prog_thread=False,
+            sync_mode=nixl.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT,
+            capture_telemetry=True,
         )
         self.name = name
-        self._agent = nixl.nixl_agent(name, config)
+        with ucx_log().asked_for():
+            self._agent = nixl.nixl_agent(name, config)
         self._registrations: dict[int, object] = {}
         self._memory_types: set[str] = set()
         if BACKEND not in self._agent.backends:
@@ -195,6 +202,14 @@ class Transfer:
             self.failure = f"NIXL status {status}"
         return _STATES.get(status, TransferState.FAILED)
 
+    def measured(self) -> tuple[float, float] | None:
+        """When the last post began (time.monotonic()) and the seconds until it was seen DONE; None if NIXL cannot tell."""
+        try:
+            told = self._agent.get_xfer_telemetry(self._handle)  # type: ignore[attr-defined]
+        except Exception:  # a push must not fail of its figures
+            return None
+        return told.startTime / 1e6, told.xferDuration / 1e6
+
     @property
     def in_flight(self) -> bool:
         return self._state is not None and not self.poll().terminal
@@ -220,6 +235,21 @@ def _nixl() -> Any:
 
 def _triples(regions: Sequence[Region]) -> list[tuple[int, int, int]]:
     return [(region.address, region.length_bytes, region.device_id) for region in regions]
+
+
+@functools.cache
+def ucx_log() -> UcxLog:
+    """What UCX says in this process."""
+    return UcxLog.make()
+
+
+def transports_in_use() -> Transports:
+    """What moves this process's writes: in UCX's own words where it has told, else by exclusion, else unknown."""
+    told = ucx_log().transports()
+    if told:
+        return Transports(names=told, proof="ucx")
+    only = only_network_transport()
+    return Transports(names=(only,), proof="exclusion") if only else Transports(names=(), proof="")
 
 
 def only_network_transport(environ: dict[str, str] | os._Environ[str] = os.environ) -> str | None:

@@ -5,6 +5,7 @@
     POST /weightsync/v1/verify   the same, after measuring live memory again (bearer token)
     GET  /weightsync/v1/ready    200 when it may serve, else 503 with the reason
     GET  /weightsync/v1/live     200 while the engine runs
+    GET  /weightsync/v1/metrics  what it holds and has taken, for Prometheus; beside vLLM's own /metrics
 
 It also refuses requests for answers with 503 while the weights are torn or behind, since a readiness probe lags.
 """
@@ -16,11 +17,12 @@ import logging
 import os
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 from weightsync.config import Contract, PodFacts
 from weightsync.errors import DeadlineExceeded, FencedOut, WeightSyncError
+from weightsync.metrics import CONTENT_TYPE
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.records import PushRecord
 from weightsync.vllm.replica import Replica
@@ -52,6 +54,7 @@ class WeightSyncEndpoint:
         app.add_api_route(f"{PREFIX}/verify", self._verify, methods=["POST"])
         app.add_api_route(f"{PREFIX}/ready", self._ready, methods=["GET"])
         app.add_api_route(f"{PREFIX}/live", self._live, methods=["GET"])
+        app.add_api_route(f"{PREFIX}/metrics", self._metrics, methods=["GET"])
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Join the session with the engine that vLLM has just started."""
@@ -119,6 +122,9 @@ class WeightSyncEndpoint:
         except Exception as error:  # vLLM raises several types; each of them means that the engine is dead
             return _problem(503, f"engine is dead: {error}")
         return JSONResponse({"live": True})
+
+    async def _metrics(self) -> Response:
+        return Response(self._member().metrics(), media_type=CONTENT_TYPE)
 
     def _member(self) -> Replica:
         assert self._replica is not None  # vLLM calls init_state before it serves

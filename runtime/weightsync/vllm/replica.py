@@ -17,12 +17,14 @@ from typing import Any, Protocol
 
 from weightsync.config import Contract, PodFacts
 from weightsync.errors import DeadlineExceeded, FencedOut, LedgerUnavailable, WeightSyncError
+from weightsync.metrics import ReplicaMetrics
 from weightsync.receiver import Description
 from weightsync.rendezvous.handshake import Applied
 from weightsync.rendezvous.heartbeat import Heartbeat
 from weightsync.rendezvous.incarnation import replica_incarnation
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.records import Member, PushRecord, Verdict
+from weightsync.telemetry import Stopwatch
 from weightsync.waiting import Deadline
 from weightsync.wire import Decision, ReplicaState, ReplicaStatus
 
@@ -112,6 +114,7 @@ class Replica:
         self._joined_at = 0.0
         self._paused = False
         self._view_lock = threading.Lock()
+        self._metrics = ReplicaMetrics()
         self.view = View()
 
     @property
@@ -121,6 +124,17 @@ class Replica:
     def refusal(self) -> str:
         """Why this replica must not serve now, in words; empty when it may."""
         return self.view.refusal(self._contract.transfer.max_version_skew)
+
+    def metrics(self) -> bytes:
+        """The text for a Prometheus scrape."""
+        view = self.view
+        return self._metrics.render(
+            state=view.state,
+            version=view.version,
+            committed=view.committed,
+            serving=not self.refusal(),
+            received_bytes=sum(rank.received_bytes for rank in view.ranks),
+        )
 
     def start(self) -> None:
         """Offer the engine's memory and join the session, in the background: the API server must come up meanwhile."""
@@ -136,9 +150,12 @@ class Replica:
         await self._supersede(record)
         await _within(self._busy.acquire(), deadline, "an earlier push is not over")
         try:
+            watch = Stopwatch()
             if not self._staged:
-                await self._pause(deadline)
-            await self._rpc("weightsync_open", record.to_json())
+                with watch.phase("pause"):
+                    await self._pause(deadline)
+            with watch.phase("open"):
+                await self._rpc("weightsync_open", record.to_json())
         except BaseException as error:
             try:
                 await self._abort(record, f"not opened: {error}")  # some ranks may have opened
@@ -146,7 +163,7 @@ class Replica:
                 self._busy.release()
             raise
         self._current = record
-        self._spawn(self._conclude(record, deadline, started), f"weightsync-{record.push_id}")
+        self._spawn(self._conclude(record, deadline, started, watch), f"weightsync-{record.push_id}")
         return {"replica": self.name, "state": self.view.state}
 
     async def verify(self) -> None:
@@ -167,13 +184,14 @@ class Replica:
             reason = f"superseded by epoch {record.epoch}"
             await asyncio.to_thread(self._ledger.decide, current.push_id, Decision.ABORT, reason)
 
-    async def _conclude(self, record: PushRecord, deadline: Deadline, started: float) -> None:
+    async def _conclude(self, record: PushRecord, deadline: Deadline, started: float, watch: Stopwatch) -> None:
         try:
             verdict = await self._await_verdict(record, deadline)
             if verdict.decision is Decision.COMMIT:
-                await self._commit(record, deadline, started)
+                await self._commit(record, deadline, started, watch)
             else:
                 await self._abort(record, verdict.reason)
+                self._metrics.aborted()
         finally:
             self._current = None
             self._busy.release()
@@ -184,15 +202,16 @@ class Replica:
 
         Without a ledger a paused engine must assume it; one that serves from memory that nobody writes goes on asking.
         """
+        ledger = self._ledger.until(deadline.moment)
         while True:
             try:
                 if deadline.passed:
                     reason = f"{self.name}: no decision within {deadline.timeout_s:.1f} s"
-                    return await asyncio.to_thread(self._ledger.decide, record.push_id, Decision.ABORT, reason)
-                verdict = await asyncio.to_thread(self._ledger.decision, record.push_id)
+                    return await asyncio.to_thread(ledger.decide, record.push_id, Decision.ABORT, reason)
+                verdict = await asyncio.to_thread(ledger.decision, record.push_id)
                 if verdict is None:
                     reason = f"{self.name}: the ledger lost push {record.push_id}"
-                    return await asyncio.to_thread(self._ledger.decide, record.push_id, Decision.ABORT, reason)
+                    return await asyncio.to_thread(ledger.decide, record.push_id, Decision.ABORT, reason)
                 if verdict.decision is not Decision.OPEN:
                     return verdict
             except LedgerUnavailable as error:
@@ -200,7 +219,7 @@ class Replica:
                     return Verdict(decision=Decision.ABORT, reason=f"ledger lost: {error}")
             await asyncio.sleep(DECISION_POLL_S)
 
-    async def _commit(self, record: PushRecord, deadline: Deadline, started: float) -> None:
+    async def _commit(self, record: PushRecord, deadline: Deadline, started: float, watch: Stopwatch) -> None:
         """All ranks of this replica hold the version from here on, or none does: a quorum may have gone on without it."""
         await self._rpc("weightsync_describe")
         if not all(rank.state == ReplicaState.VERIFIED for rank in self.view.ranks):
@@ -209,9 +228,11 @@ class Replica:
             return
         if self._staged:
             started = time.monotonic()
-            await self._pause_anyway(deadline)
+            with watch.phase("pause"):
+                await self._pause_anyway(deadline)
         try:
-            await self._rpc("weightsync_commit", record.push_id)
+            with watch.phase("apply"):
+                await self._rpc("weightsync_commit", record.push_id)
         except WeightSyncError as error:  # ranks of two versions are DIRTY together
             await self._abort(record, str(error))
             return
@@ -220,13 +241,16 @@ class Replica:
         if self.view.torn:
             await self._stop_serving()
             return
-        await self._resume()
+        with watch.phase("resume"):
+            await self._resume()
         applied = Applied(
             replica=self.name,
             digest=self.view.digest,
             pause_seconds=time.monotonic() - started,
             copy_seconds=max(rank.copy_seconds for rank in self.view.ranks),
+            spans=watch.told(self._ledger.clock_of),
         )
+        self._metrics.applied(applied)
         await asyncio.to_thread(self._report_applied, record.push_id, applied)
 
     def _report_applied(self, push_id: str, applied: Applied) -> None:

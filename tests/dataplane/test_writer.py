@@ -1,0 +1,89 @@
+"""A writer's rules about transfers that fail and overtake each other, with transfers that end when the test says."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from weightsync.errors import TransportError
+from weightsync.rendezvous.records import PushRecord
+from weightsync.transport import TransferState
+from weightsync.waiting import Deadline
+from weightsync.writer import Writer, _Peer
+
+RECORD = PushRecord(
+    push_id="1.1.1",
+    session="s",
+    epoch=1,
+    version=1,
+    attempt=1,
+    step=1,
+    catch_up=False,
+    deadline_at=0.0,
+    writers=1,
+    plan_digests={"layout": "plan"},
+    members={"first": "i", "second": "i"},
+)
+
+
+class Scripted:
+    """A transfer that is in flight for some polls, and then in its last state."""
+
+    def __init__(self, peer: str, polls: int, ends: TransferState) -> None:
+        self.peer, self.length_bytes, self.failure = peer, 8, "connection reset"
+        self.released = False
+        self._polls, self._ends = polls, ends
+
+    def post(self) -> None: ...
+
+    def poll(self) -> TransferState:
+        self._polls -= 1
+        return TransferState.IN_FLIGHT if self._polls > 0 else self._ends
+
+    @property
+    def in_flight(self) -> bool:
+        return not self.poll().terminal
+
+    @property
+    def ended(self) -> bool:
+        return self._polls <= 0
+
+    def release(self) -> None:
+        assert self.ended, "released in flight"
+        self.released = True
+
+
+def make_writer(*transfers: Scripted) -> tuple[Writer, list[Any]]:
+    """A writer that is connected to the members of RECORD, and the list of what it does to its agent."""
+    done: list[Any] = []
+    agent = SimpleNamespace(
+        notify=lambda peer, payload: done.append((peer, [transfer.ended for transfer in transfers])),
+        disconnect=lambda peer: done.append(f"disconnected {peer}"),
+    )
+    writer = Writer(rank=0, agent=agent, slots=SimpleNamespace(groups=[None]), rendezvous=None)  # type: ignore[arg-type]
+    for transfer in transfers:
+        writer._peers[transfer.peer, 0, "i"] = _Peer(transfer.peer, "layout", (transfer,))  # type: ignore[arg-type]
+    writer._partials["layout"] = {}
+    return writer, done
+
+
+@pytest.mark.failure_mode(23)
+def test_a_transfer_that_failed_is_told_when_all_others_have_ended() -> None:
+    """Raising at the first failure leaves the second in flight, from memory that the next step rewrites; nobody is notified."""
+    failed, slow = Scripted("first", 1, TransferState.FAILED), Scripted("second", 50, TransferState.DONE)
+    writer, done = make_writer(failed, slow)
+    with pytest.raises(TransportError, match="1 of 2 transfers of rank 0 failed: first: connection reset"):
+        writer.write(RECORD, Deadline(30))
+    assert slow.ended
+    assert (failed.released, slow.released) == (True, False)
+    assert done == ["disconnected first"]
+
+
+@pytest.mark.failure_mode(59)
+def test_the_last_word_goes_out_when_every_transfer_to_everybody_is_done() -> None:
+    """A word to the first as soon as its own transfer is done would overtake what is posted behind it."""
+    writer, done = make_writer(Scripted("first", 1, TransferState.DONE), Scripted("second", 50, TransferState.DONE))
+    assert writer.write(RECORD, Deadline(30)) == 16
+    assert done == [("first", [True, True]), ("second", [True, True])]
