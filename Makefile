@@ -29,6 +29,7 @@ docs: .venv/all ## write the CRD and docs/api.md from the operator's models
 	$(PYTHON) -m weightsync_operator.api --crd > charts/weightsync/files/crd.yaml
 	$(PYTHON) -m weightsync_operator.api --docs > docs/api.md
 	$(PYTHON) -m tests.failure_modes
+	$(PYTHON) -m tests.layout_table
 
 lab-up: .venv/demo ## the lab's cluster, with every image loaded
 	$(PYTHON) -m e2e.lab up

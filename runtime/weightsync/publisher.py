@@ -39,7 +39,7 @@ from weightsync.errors import (
 )
 from weightsync.layout.families import family_of
 from weightsync.layout.records import SourceLayout
-from weightsync.layout.shards import named_tensors, sources_of
+from weightsync.layout.shards import LocalSources, named_tensors, sources_of
 from weightsync.metrics import TrainerMetrics
 from weightsync.rendezvous.heartbeat import writer_heartbeat
 from weightsync.rendezvous.ledger import Ledger
@@ -92,16 +92,18 @@ class Publisher:
 
         Raises ConfigError, UnsupportedLayout naming a tensor, FencedOut if a newer epoch is in force, LedgerUnavailable.
         """
-        return cls(model, contract=Contract.load(), facts=PodFacts.load())
+        local = sources_of(named_tensors(model), family_of(_config_of(model)))
+        return cls(local, contract=Contract.load(), facts=PodFacts.load())
 
-    def __init__(self, model: torch.nn.Module, *, contract: Contract, facts: PodFacts) -> None:
+    def __init__(self, local: LocalSources, *, contract: Contract, facts: PodFacts) -> None:
+        """Join the session of `contract` with what this rank holds; raises as `from_env` does."""
         self._rank, self._world_size = _position()
         self._contract = contract
         self._watch = Stopwatch()
         self._metrics = TrainerMetrics()
         if contract.telemetry.metrics_port is not None:
             self._metrics.serve(facts.ip, contract.telemetry.metrics_port + facts.local_rank)
-        self._local = sources_of(named_tensors(model), family_of(_config_of(model)))
+        self._local = local
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._ledger = Ledger.from_contract(contract)

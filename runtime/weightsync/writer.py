@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from typing import Protocol
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from weightsync.meter import WritesMeter
 from weightsync.plan import Plan, make_plan
 from weightsync.rendezvous.fencing import Notification
 from weightsync.rendezvous.incarnation import RankKey, replica_ranks
-from weightsync.rendezvous.modelexpress import EngineDescriptor, Rendezvous
+from weightsync.rendezvous.modelexpress import EngineDescriptor
 from weightsync.rendezvous.records import PushRecord
 from weightsync.slots import SlotArena
 from weightsync.telemetry import Span
@@ -36,6 +37,14 @@ TRANSFER_POLL_S = 0.0005
 GRACE_S = 1.5
 """After the deadline a transfer gets so long to become terminal; then only the end of this process stops it. Whoever waits for
 another rank's word on a push gives it as much: no wait outlives the deadline by 2 s."""
+
+
+class Directory(Protocol):
+    """Where a writer learns how an engine rank is written to: `rendezvous.modelexpress.Rendezvous` in a session."""
+
+    def fetch(
+        self, replica: str, incarnation: str, rank: int, *, deadline: float | None = None
+    ) -> EngineDescriptor: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +102,7 @@ class Written:
 class Writer:
     """Writes this rank's slot arena into engines; registers it with `agent` whenever it is laid out anew."""
 
-    def __init__(self, *, rank: int, agent: Agent, slots: SlotArena, rendezvous: Rendezvous) -> None:
+    def __init__(self, *, rank: int, agent: Agent, slots: SlotArena, rendezvous: Directory) -> None:
         self._rank = rank
         self._agent = agent
         self._slots = slots
@@ -344,8 +353,8 @@ class Writer:
 
     def _chosen_partials(self, record: PushRecord, digest: str) -> dict[int, int]:
         """This rank's share of the targets that the push measures, by target index."""
-        if record.verify == "off":
-            return {}
+        if record.verify != "sampled":
+            return {} if record.verify == "off" else self._partials[digest]
         targets = self._planned[digest].plan.targets
         names = verify.chosen_names((t.name for t in targets), mode=record.verify, push_id=record.push_id)
         return {index: part for index, part in self._partials[digest].items() if targets[index].name in names}

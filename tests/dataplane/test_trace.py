@@ -339,3 +339,92 @@ def test_a_model_on_meta_is_traced_like_a_live_one() -> None:
 def test_a_name_offered_twice_is_refused() -> None:
     with pytest.raises(UnsupportedLayout, match="sources list a name twice"):
         trace_loader(lambda weights: None, {}, [source("s", 1), source("s", 2)])
+
+
+def scales(rows: int, columns: int) -> list[SourceTensor]:
+    return [source("s_scale_inv", rows, columns, dtype="float32")]
+
+
+@pytest.mark.parametrize(
+    "refine",
+    [
+        lambda s: s.repeat_interleave(4, dim=0)[3:9],
+        lambda s: s.repeat_interleave(2, dim=0).repeat_interleave(2, dim=1)[1:5, 2:6],
+        lambda s: torch.cat([s[2:], s[:1]]),
+        lambda s: s.t().contiguous(),
+        lambda s: s[torch.tensor([2, 0, 1, 2])],
+        lambda s: torch.zeros(4, 4).copy_(s.repeat(2, 1)[:4]),
+    ],
+)
+def test_scales_that_the_loader_gathers_and_repeats_are_copies_of_their_elements(refine) -> None:
+    """vLLM refines the grid of scales when a tensor-parallel rank has no whole blocks (Qwen3-30B FP8 at TP 8: 96 rows).
+
+    On the meta device each of these is "computed from other tensors". 1. replaying the record equals the loader; 2. a push does.
+    """
+    grid = torch.randn(3, 4)
+    truth = refine(grid).contiguous()
+    weight = torch.zeros(truth.shape)
+
+    def load(weights: Weights) -> None:
+        for _, tensor in weights:
+            weight.copy_(refine(tensor))
+
+    layout = trace_loader(load, {"w_scale_inv": weight}, scales(3, 4))
+    for copy in layout.copies:
+        from_source = grid.as_strided(copy.shape, copy.source_strides, copy.source_offset)
+        weight.as_strided(copy.shape, copy.target_strides, copy.target_offset).copy_(from_source)
+    assert torch.equal(weight, truth)
+
+    pushed, layouts = torch.full_like(truth, torch.nan), chunked(layout.sources, 2)
+    plan = make_plan(layouts, layout)
+    for held in layouts:
+        arena = torch.cat([grid.reshape(-1)[h.start : h.stop] for h in held.holdings])
+        for slot, _, at, length in plan.writes(held.rank).tolist():
+            pushed.view(-1)[at : at + length] = arena[slot : slot + length]
+    assert torch.equal(pushed, truth)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda s: s * 2, "with data of its own"),
+        (lambda s: s.amax(0, keepdim=True).expand(3, 4), "with data of its own"),
+        (lambda s: torch.nn.functional.pad(s[:2], (0, 0, 0, 1)), "mixed with values of its own"),
+        (lambda s: torch.cat([s[:2], torch.ones(1, 4)]), "mixed with values of its own"),
+    ],
+)
+def test_scales_that_the_loader_computes_are_refused_by_name(change, match) -> None:
+    """Numbers stand for values that the trainer sends later: what is computed from them would be garbage that looks traced."""
+    weight = torch.zeros(3, 4)
+    with pytest.raises(UnsupportedLayout, match=rf"w_scale_inv .*{match}"):
+        trace_loader(
+            lambda weights: [weight.copy_(change(s)) for _, s in weights], {"w_scale_inv": weight}, scales(3, 4)
+        )
+
+
+def test_asked_for_all_faults_a_trace_keeps_what_it_could_follow() -> None:
+    """One parameter is traced, the others are named with their reasons; nothing is written to any."""
+    params = {name: poisoned(4, 6) for name in ("good", "scaled", "forgotten", "twice", "added")}
+
+    def load(weights: Weights) -> None:
+        for _, tensor in weights:
+            params["good"].copy_(tensor)
+            params["scaled"].copy_(tensor * 2)
+            params["twice"].copy_(tensor)
+            params["twice"].copy_(tensor)
+            params["added"].copy_(tensor)
+            params["added"].add_(1)
+
+    faults: dict[str, str] = {}
+    layout = trace_loader(load, params, [source("s", 4, 6)], faults=faults)
+    assert [target.name for target in layout.targets] == ["good"]
+    assert [copy.target for copy in layout.copies] == ["good"]
+    assert sorted(faults) == ["added", "forgotten", "scaled", "twice"]
+    for name, part in (
+        ("scaled", "computed from other tensors"),
+        ("forgotten", "written by nobody"),
+        ("twice", "more than once"),
+        ("added", "aten.add_"),
+    ):
+        assert part in faults[name]
+    assert all((flat_bits(param) == 0x5A5A).all() for param in params.values())

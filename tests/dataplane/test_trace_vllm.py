@@ -10,6 +10,11 @@ from typing import Any
 
 import pytest
 
+from weightsync.inspection.checkpoint import read_checkpoint
+from weightsync.inspection.run import trace
+from weightsync.inspection.tracing import Refusal
+from weightsync.layout.meshes import EngineMesh
+
 START_TIMEOUT_S = 300
 REPOSITORY = Path(__file__).parents[2]
 
@@ -24,7 +29,7 @@ def probe(model: str, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.vllm
 @pytest.mark.failure_mode(3)
-@pytest.mark.timeout(START_TIMEOUT_S + 30)
+@pytest.mark.timeout(START_TIMEOUT_S + 120)
 @pytest.mark.parametrize(
     ("model", "fused", "n_padded"),
     [
@@ -33,7 +38,10 @@ def probe(model: str, folder: Path) -> dict[str, Any]:
     ],
 )
 def test_a_live_model_is_traced_and_a_push_equals_a_load(model: str, fused: str, n_padded: int, tmp_path: Path) -> None:
-    """1. tracing writes nothing; 2. every parameter is a target; 3. padded rows are fills; 4. all bits are equal."""
+    """1. tracing writes nothing; 2. every parameter is a target; 3. padded rows are fills; 4. all bits are equal;
+
+    5. a child process that has no weights and no memory for them tells the same layout.
+    """
     found = probe(model, tmp_path)
     assert found["written_by_trace"] == []
     assert found["targets"] == found["parameters"]
@@ -41,3 +49,6 @@ def test_a_live_model_is_traced_and_a_push_equals_a_load(model: str, fused: str,
     assert (found["unused"], found["copies"]) == ([], found["sources"])
     assert found["fills"] == n_padded * 128
     assert found["differing"] == []
+    traces = trace(read_checkpoint(tmp_path), EngineMesh(tensor=1), "bf16", [0])
+    assert not isinstance(traces, Refusal), traces
+    assert (traces[0].layout.digest(), traces[0].faults) == (found["digest"], {})

@@ -87,6 +87,7 @@ def compare(model: Any, folder: str) -> dict[str, Any]:
         "fills": sum(fill.numel for fill in layout.fills),
         "unused": list(layout.unused),
         "trace_s": trace_s,
+        "digest": layout.digest(),
     }
 
 

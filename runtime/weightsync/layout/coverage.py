@@ -18,6 +18,16 @@ def prove_coverage(layout: TargetLayout, targets: Axis[Target]) -> None:
 
     Raises PlanError for a write outside its target.
     """
+    faults = coverage_faults(layout, targets)
+    if faults:
+        raise CoverageError(listed([message for _, message in faults]))
+
+
+def coverage_faults(layout: TargetLayout, targets: Axis[Target]) -> list[tuple[str, str]]:
+    """(target, what is wrong) for each target of which an element is written by nobody, or more than once.
+
+    Raises PlanError for a write outside its target.
+    """
     start, stop = _written(layout, targets)
     order = np.lexsort((stop, start))
     start, stop = start[order], stop[order]
@@ -25,11 +35,11 @@ def prove_coverage(layout: TargetLayout, targets: Axis[Target]) -> None:
     ends = np.concatenate([start, targets.bounds[-1:]])
     gaps, overlaps = ends > reached, ends < reached
     overlaps[-1] = False
-    if gaps.any() or overlaps.any():
-        faults = _missing(targets, reached[gaps], ends[gaps])
-        _, first = np.unique(np.searchsorted(targets.bounds, ends[overlaps], side="right"), return_index=True)
-        faults += [_twice(layout, targets, position) for position in ends[overlaps][first].tolist()]
-        raise CoverageError(listed(faults))
+    if not gaps.any() and not overlaps.any():
+        return []
+    faults = _missing(targets, reached[gaps], ends[gaps])
+    _, first = np.unique(np.searchsorted(targets.bounds, ends[overlaps], side="right"), return_index=True)
+    return faults + [_twice(layout, targets, position) for position in ends[overlaps][first].tolist()]
 
 
 def listed(faults: list[str]) -> str:
@@ -71,7 +81,7 @@ def _written(layout: TargetLayout, targets: Axis[Target]) -> tuple[np.ndarray, n
     return target_ranges(targets, views)
 
 
-def _missing(targets: Axis[Target], starts: np.ndarray, stops: np.ndarray) -> list[str]:
+def _missing(targets: Axis[Target], starts: np.ndarray, stops: np.ndarray) -> list[tuple[str, str]]:
     """One fault a target, for gaps [start, stop) of the target axis; a gap may span several targets."""
     begin = np.searchsorted(targets.bounds, starts, side="right") - 1
     gap, number = spread(np.searchsorted(targets.bounds, stops, side="left") - begin)
@@ -81,7 +91,7 @@ def _missing(targets: Axis[Target], starts: np.ndarray, stops: np.ndarray) -> li
     lost = np.bincount(target, weights=high - low, minlength=len(targets.tensors)).astype(np.int64)
     found, first = np.unique(target, return_index=True)
     return [
-        _gap(targets.tensors[i], int(low[at]), int(high[at]), int(lost[i]))
+        (targets.tensors[i].name, _gap(targets.tensors[i], int(low[at]), int(high[at]), int(lost[i])))
         for i, at in zip(found.tolist(), first.tolist(), strict=True)
         if lost[i]
     ]
@@ -94,11 +104,12 @@ def _gap(target: Target, start: int, stop: int, count: int) -> str:
     )
 
 
-def _twice(layout: TargetLayout, targets: Axis[Target], position: int) -> str:
+def _twice(layout: TargetLayout, targets: Axis[Target], position: int) -> tuple[str, str]:
     target, element = targets.locate(position)
     origins = sorted({c.source for c in layout.copies if c.target == target.name})
     origins += ["a fill"] * any(f.target == target.name for f in layout.fills)
-    return (
+    message = (
         f"{target.name} {list(target.shape)}: element {element} is written more than once "
         f"(the target gets {', '.join(origins[:SHOWN])}): offer one of them"
     )
+    return target.name, message

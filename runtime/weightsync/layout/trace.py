@@ -2,8 +2,8 @@
 performed.
 
 A view of a meta tensor keeps its storage, offset and strides, so any chain of narrow, chunk, view and transpose is
-understood without a list of operations. What cannot be expressed as a copy is refused by name. Imports torch and the
-records, not vLLM.
+understood without a list of operations. Block scales are real tensors of numbers instead, which a loader may gather and repeat
+(`numbered`). What cannot be expressed as a copy is refused by name. Imports torch and the records, not vLLM.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from weightsync.errors import UnsupportedLayout, WeightSyncError
-from weightsync.layout.coverage import prove_coverage
+from weightsync.layout.coverage import coverage_faults, prove_coverage
 from weightsync.layout.fills import surviving_fills
 from weightsync.layout.forms import SCALE_SUFFIX
+from weightsync.layout.numbered import Numbered, is_numbered
 from weightsync.layout.records import Copy, Fill, SourceTensor, Target, TargetLayout
 from weightsync.layout.table import Axis
 
@@ -37,22 +38,27 @@ def trace_loader(
     load: Callable[[Iterable[tuple[str, Tensor]]], Any],
     params: Mapping[str, Tensor],
     sources: Sequence[SourceTensor],
+    *,
+    faults: MutableMapping[str, str] | None = None,
 ) -> TargetLayout:
-    """Run `load` on meta tensors of `sources` and note where each of their elements goes in `params`.
+    """Run `load` on tensors of `sources` that have no values and note where each of their elements goes in `params`.
 
     `params` may be live: nothing is written to them. A source that a parameter wants in another dtype than the checkpoint's is
     offered again in that one where a trainer can produce it; its block scales are then not offered. Raises UnsupportedLayout naming
     the tensor when the loader does what cannot be noted, and CoverageError when an element of a parameter gets no value, or two.
+    With `faults`, a parameter of which that is so is left out of the layout, and the reason noted there under its name.
     """
     offered = {source.name: source for source in sources}
     if len(offered) != len(sources):
         raise UnsupportedLayout("sources list a name twice: offer each checkpoint tensor once")
-    recorder = _watch(load, params, list(offered.values()))
+    recorder = _watch(load, params, list(offered.values()), faults)
     if recorder.wanted:
         for name, dtype in recorder.wanted.items():
             offered[name] = dataclasses.replace(offered[name], dtype=dtype)
             offered.pop(name + SCALE_SUFFIX, None)
-        recorder = _watch(load, params, list(offered.values()))
+        if faults is not None:
+            faults.clear()
+        recorder = _watch(load, params, list(offered.values()), faults)
     recorder.check_storage(params)
     return recorder.layout()
 
@@ -61,8 +67,9 @@ def _watch(
     load: Callable[[Iterable[tuple[str, Tensor]]], Any],
     params: Mapping[str, Tensor],
     sources: Sequence[SourceTensor],
+    faults: MutableMapping[str, str] | None,
 ) -> _Recorder:
-    recorder = _Recorder(params, sources)
+    recorder = _Recorder(params, sources, faults)
     try:
         with recorder:
             load(recorder.offer())
@@ -120,8 +127,11 @@ class _Parameters:
 class _Recorder(TorchDispatchMode):
     """Notes `copy_`, `fill_` and `zero_` on parameters and performs none; refuses every other change of one."""
 
-    def __init__(self, params: Mapping[str, Tensor], sources: Sequence[SourceTensor]) -> None:
+    def __init__(
+        self, params: Mapping[str, Tensor], sources: Sequence[SourceTensor], faults: MutableMapping[str, str] | None
+    ) -> None:
         super().__init__()
+        self._faults = faults
         self.parameters = _Parameters(params)
         self.copies: list[Copy] = []
         self.fills: list[tuple[Fill, int]] = []
@@ -130,13 +140,17 @@ class _Recorder(TorchDispatchMode):
         """Sources that parameters want in another dtype than they were offered in, which a trainer can send."""
         self.offered = ""
         self.sources = {source.name: source for source in sources}
-        self._tensors = {source.name: _meta_tensor(source) for source in sources}
-        self._source_of = {_storage(tensor): name for name, tensor in self._tensors.items()}
+        self._numbered = Numbered(sources)
+        self._tensors: list[Tensor] = []
+        """Kept until the end, so that a storage's identity stays that of its source."""
+        self._source_of: dict[int, str] = {}
 
     def offer(self) -> Iterator[tuple[str, Tensor]]:
         """What the loader iterates over."""
-        for name, tensor in self._tensors.items():
-            self.offered = name
+        for name, source in self.sources.items():
+            tensor = self._numbered.offer(source) if is_numbered(source) else _meta_tensor(source)
+            self._tensors.append(tensor)
+            self._source_of[_storage(tensor)] = self.offered = name
             yield name, tensor
 
     def __torch_dispatch__(
@@ -149,41 +163,81 @@ class _Recorder(TorchDispatchMode):
             view, *value = args
             self._note_fill(view, found, *(value or (0,)))
             return view
-        self._refuse_other_changes(func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+        unchanged = self._refuse_other_changes(func, args, kwargs or {})
+        if unchanged is not None:
+            return unchanged
+        result = func(*args, **(kwargs or {}))
+        self._numbered.follow(func, args, result)
+        return result
 
     def _note_copy(self, into: Tensor, view: Tensor) -> bool:
         """True when there is nothing left to do; False when it touches neither a source nor a parameter."""
         if into.numel() == 0:
             return True
         source, found = self._source_of.get(_storage(view)), self.parameters.find(into)
-        if source is None and found is None:
-            return False
-        if found is None:
-            raise UnsupportedLayout(
-                f"{source} is copied into a tensor {list(into.shape)} that is no parameter (a buffer or a scratch "
-                "tensor): it cannot be written remotely"
-            )
-        name, offset = found
         if source is None:
-            origin = "computed from other tensors" if view.device.type == "meta" else "with data of its own"
-            raise UnsupportedLayout(
-                f"parameter {name} is copied from a {view.dtype} tensor {list(view.shape)} {origin}, "
-                "not from a view of a source"
-            )
+            return self._note_other(into, view, found)
+        if found is None:
+            return self._note_scratch(into, source)
+        name, offset = found
         want, have = self.parameters.targets[name].dtype, self.sources[source].dtype
         if (have, want) in _PRODUCIBLE and want == _dtype(into) and have == _dtype(view):
             self._want(source, want)
             return True
         if not want == have == _dtype(into) == _dtype(view):
-            raise UnsupportedLayout(
+            return self._fault(
+                name,
                 f"parameter {name} is {want} (copied as {_dtype(into)}), but {source} is offered as {have} "
-                f"(copied as {_dtype(view)}): a push does not change the dtype"
+                f"(copied as {_dtype(view)}): a push does not change the dtype",
             )
         view = view.expand(into.shape)
         self.copies.append(
             Copy(source, int(view.storage_offset()), view.stride(), name, offset, into.stride(), tuple(into.shape))
         )
+        return True
+
+    def _note_scratch(self, into: Tensor, source: str) -> bool:
+        """As `_note_copy`, for a source that is copied into a tensor which is no parameter."""
+        if is_numbered(self.sources[source]):
+            self._numbered.receive(into)
+            return False
+        raise UnsupportedLayout(
+            f"{source} is copied into a tensor {list(into.shape)} that is no parameter (a buffer or a scratch "
+            "tensor): it cannot be written remotely"
+        )
+
+    def _note_other(self, into: Tensor, view: Tensor, found: tuple[str, int] | None) -> bool:
+        """As `_note_copy`, for a view of no source: block scales that the loader gathered, or what it computed."""
+        numbers = self._numbered.holds(view)
+        if found is None:
+            if numbers:
+                self._numbered.receive(into)
+            return False
+        name, offset = found
+        if not numbers:
+            origin = "computed from other tensors" if view.device.type == "meta" else "with data of its own"
+            return self._fault(
+                name,
+                f"parameter {name} is copied from a {view.dtype} tensor {list(view.shape)} {origin}, "
+                "not from a view of a source",
+            )
+        want = self.parameters.targets[name].dtype
+        if not want == _dtype(into) == _dtype(view):
+            return self._fault(name, f"parameter {name} is {want}, but its scales are copied as {_dtype(view)}")
+        origins = self._numbered.origins(view.expand(into.shape))
+        if origins is None:
+            return self._fault(name, f"parameter {name} gets block scales that the loader mixed with values of its own")
+        for source, start, box in origins:
+            place = offset + sum(at * stride for at, stride in zip(box.at, into.stride(), strict=True))
+            strides = tuple(places * into.stride(dim) for dim, places in box.steps)
+            self.copies.append(Copy(source, start, box.strides, name, place, strides, box.shape))
+        return True
+
+    def _fault(self, name: str, message: str) -> bool:
+        """Parameter `name` cannot be written remotely: an error, or noted and left alone. Always True."""
+        if self._faults is None:
+            raise UnsupportedLayout(message)
+        self._faults.setdefault(name, message)
         return True
 
     def _want(self, source: str, dtype: str) -> None:
@@ -198,20 +252,24 @@ class _Recorder(TorchDispatchMode):
             fill = Fill(name, offset, view.stride(), tuple(view.shape), _bits(value, view.dtype))
             self.fills.append((fill, len(self.copies)))
 
-    def _refuse_other_changes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _refuse_other_changes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The parameter that the operator would have changed, when that is noted as its fault instead of an error."""
         for i, argument in _written_arguments(func):
             value = args[i] if i < len(args) else kwargs.get(argument)
             if not isinstance(value, Tensor):
                 continue
             if (found := self.parameters.find(value)) is not None:
-                raise UnsupportedLayout(
+                self._fault(
+                    found[0],
                     f"the loader changes parameter {found[0]} with {func} (at source {self.offered}): "
-                    "only copy_, fill_ and zero_ can be noted"
+                    "only copy_, fill_ and zero_ can be noted",
                 )
+                return value
             if (source := self._source_of.get(_storage(value))) is not None:
                 raise UnsupportedLayout(
                     f"the loader changes source {source} in place with {func}: the trainer's values would stay"
                 )
+        return None
 
     def check_storage(self, params: Mapping[str, Tensor]) -> None:
         """Raises UnsupportedLayout when a parameter was given other memory meanwhile (`param.data = ...`)."""
@@ -223,18 +281,25 @@ class _Recorder(TorchDispatchMode):
 
     def layout(self) -> TargetLayout:
         """The record, with coverage proved."""
-        used = {copy.source for copy in self.copies}
-        targets = tuple(self.parameters.targets.values())
-        axis = Axis(targets)
-        layout = TargetLayout(
+        if self._faults is not None:
+            whole = self._layout_without(self._faults)
+            self._faults.update(coverage_faults(whole, Axis(whole.targets)))
+        layout = self._layout_without(self._faults or ())
+        prove_coverage(layout, Axis(layout.targets))
+        return layout
+
+    def _layout_without(self, faulty: Container[str]) -> TargetLayout:
+        copies = tuple(copy for copy in self.copies if copy.target not in faulty)
+        fills = [entry for entry in self.fills if entry[0].target not in faulty]
+        targets = tuple(target for target in self.parameters.targets.values() if target.name not in faulty)
+        used = {copy.source for copy in copies}
+        return TargetLayout(
             targets=targets,
             sources=tuple(source for name, source in self.sources.items() if name in used),
-            copies=tuple(self.copies),
-            fills=surviving_fills(self.fills, self.copies, axis),
+            copies=copies,
+            fills=surviving_fills(fills, copies, Axis(targets)),
             unused=tuple(name for name in self.sources if name not in used),
         )
-        prove_coverage(layout, axis)
-        return layout
 
 
 @functools.cache

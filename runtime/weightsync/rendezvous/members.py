@@ -75,6 +75,11 @@ class MemberLedger(LedgerConnection):
         key = Keys(self.session).writer_lease(epoch, rank)
         self._call("hold writer lease", lambda client: client.set(key, "1", px=round(ttl_s * 1000)))
 
+    def drop_writer_lease(self, epoch: int, rank: int) -> None:
+        """Say that a trainer rank has left; its heartbeat must have ended."""
+        key = Keys(self.session).writer_lease(epoch, rank)
+        self._call("drop writer lease", lambda client: client.delete(key))
+
     def lost_writers(self, epoch: int, world_size: int) -> tuple[int, ...]:
         """Trainer ranks of `epoch` that hold no lease: dead, cut off, or never begun.
 

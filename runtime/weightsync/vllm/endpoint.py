@@ -7,7 +7,9 @@
     GET  /weightsync/v1/live     200 while the engine runs
     GET  /weightsync/v1/metrics  what it holds and has taken, for Prometheus; beside vLLM's own /metrics
 
-It also refuses requests for answers with 503 while the weights are torn or behind, since a readiness probe lags.
+It also refuses requests for answers with 503 while the weights are torn or behind, since a readiness probe lags, and names the
+weight version that made each answer (`vllm.versions`). An engine without a contract that vLLM's native weight transfer updates with
+our backend has the last two only.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ from weightsync.errors import DeadlineExceeded, FencedOut, WeightSyncError
 from weightsync.metrics import CONTENT_TYPE
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.records import PushRecord
+from weightsync.vllm.native_gate import CONTROL_ROUTES, NativeGate
+from weightsync.vllm.plugin import BACKEND
 from weightsync.vllm.replica import Replica
+from weightsync.vllm.versions import LabelledEngine, VersionHeader, watch
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +47,14 @@ class WeightSyncEndpoint:
     def __init__(self) -> None:
         self._contract = Contract.load() if "WEIGHTSYNC_CONFIG" in os.environ else None
         self._replica: Replica | None = None
+        self._native: NativeGate | None = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes and the gate. Without a contract the engine is a plain one, and nothing is added."""
-        if self._contract is None:
-            logger.warning("WEIGHTSYNC_CONFIG is not set: this engine takes no pushes")
-            return
+        """Add the gate and the header, and in a session the routes. A plain engine gets a gate that is open."""
+        app.add_middleware(VersionHeader)
         app.add_middleware(ServingGate, endpoint=self)
+        if self._contract is None:
+            return
         app.add_api_route(f"{PREFIX}/push", self._push, methods=["POST"])
         app.add_api_route(f"{PREFIX}/state", self._state, methods=["GET"])
         app.add_api_route(f"{PREFIX}/verify", self._verify, methods=["POST"])
@@ -59,19 +65,49 @@ class WeightSyncEndpoint:
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Join the session with the engine that vLLM has just started."""
         if self._contract is None:
+            await self._init_native(engine_client)
             return
         self._engine = engine_client
+        engine: Any = LabelledEngine(engine_client, self._version)
+        watch(engine_client, self._version)
+        await engine.label()
         self._replica = Replica(
-            engine=engine_client,
+            engine=engine,
             contract=self._contract,
             facts=PodFacts.load(),
             ledger=Ledger.from_contract(self._contract),
         )
         self._replica.start()
 
+    async def _init_native(self, engine_client: Any) -> None:
+        transfer = engine_client.vllm_config.weight_transfer_config
+        if transfer is None or transfer.backend != BACKEND:
+            logger.warning(
+                "neither WEIGHTSYNC_CONFIG nor --weight-transfer-config is set: this engine takes no weights"
+            )
+            return
+        native = self._native = NativeGate(engine_client)
+        watch(engine_client, lambda: native.label)
+        await native.start()
+
+    def _version(self) -> str:
+        return str(0 if self._replica is None else self._replica.view.version)
+
     def refusal(self) -> str:
         """Why requests must be refused now; empty when they may be answered."""
+        if self._contract is None:
+            return "" if self._native is None else self._native.torn
         return "starting" if self._replica is None else self._replica.refusal()
+
+    def controls(self, path: str) -> bool:
+        """Whether a route belongs to native weight transfer into this engine, and so is never refused."""
+        return self._native is not None and path in CONTROL_ROUTES
+
+    @property
+    def native(self) -> NativeGate:
+        """Of an engine for which `controls` was True."""
+        assert self._native is not None
+        return self._native
 
     async def _push(self, request: Request) -> JSONResponse:
         if (denied := self._denied(request)) is not None:
@@ -146,12 +182,33 @@ class ServingGate:
         self._endpoint = endpoint
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        asks_engine = scope["type"] == "http" and scope["method"] == "POST" and not scope["path"].startswith(PREFIX)
+        posts = scope["type"] == "http" and scope["method"] == "POST"
+        if posts and self._endpoint.controls(scope["path"]):
+            await self._control(scope, receive, send)
+            return
+        asks_engine = posts and not scope["path"].startswith(PREFIX)
         refusal = self._endpoint.refusal() if asks_engine else ""
         if refusal:
             await _problem(503, refusal)(scope, receive, send)
             return
         await self._app(scope, receive, send)
+
+    async def _control(self, scope: Any, receive: Any, send: Any) -> None:
+        """A call of native weight transfer; its caller hears of it when the gate knows what it left behind."""
+        held: list[Any] = []
+
+        async def hold(message: Any) -> None:
+            held.append(message)
+
+        native, route, status = self._endpoint.native, scope["path"], 500
+        await native.before(route)
+        try:
+            await self._app(scope, receive, hold)
+            status = held[0]["status"]
+        finally:  # what a worker raised passes here, and is made an answer further out
+            await native.after(route, status)
+        for message in held:
+            await send(message)
 
 
 def _problem(status: int, message: str) -> JSONResponse:

@@ -1,5 +1,8 @@
 """Entry point of `vllm.general_plugins`: called in every process of vLLM before a model is built, sometimes twice.
 
+It registers `weightsync` as a backend of vLLM's own weight transfer, for engines and for trainers, and has engines that need the
+worker extension get it without a flag, so that this package and VLLM_PLUGINS are all that a plain `vllm serve` needs.
+
 On the CPU build it keeps live parameters in the layout that the loader wrote, which is also a GPU's. vLLM would otherwise
 repack linear weights for oneDNN or SGL kernels, and leave empty parameters behind (vllm/_custom_ops.py,
 vllm/model_executor/layers/utils.py), and experts into tiles of the same size (fused_moe/experts/cpu_moe.py). Here the experts
@@ -8,11 +11,20 @@ are packed at each call instead: slow, and right after a push.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
+import sys
 from typing import Any
 
 from weightsync.config import Contract
+
+BACKEND = "weightsync"
+"""`--weight-transfer-config '{"backend": "weightsync"}'`"""
+WORKER_EXTENSION = "weightsync.vllm.worker.WorkerExtension"
+
+_done: set[str] = set()
+"""What was registered in this process."""
 
 
 def register() -> None:
@@ -21,8 +33,17 @@ def register() -> None:
 
     if current_platform.is_cpu():
         _keep_load_layout()
-    if "WEIGHTSYNC_CONFIG" in os.environ and Contract.load().transfer.commit == "staged":
+    if "staging" not in _done and "WEIGHTSYNC_CONFIG" in os.environ and Contract.load().transfer.commit == "staged":
         _stage_when_loaded()
+        _done.add("staging")
+    if "backend" not in _done:
+        _register_backend()
+        _done.add("backend")
+    # Who builds an engine's configuration has imported this module; other processes are sent the finished configuration.
+    arguments = sys.modules.get("vllm.engine.arg_utils")
+    if "extension" not in _done and hasattr(arguments, "EngineArgs"):
+        _extend_workers(arguments.EngineArgs)  # type: ignore[union-attr]
+        _done.add("extension")
 
 
 def _stage_when_loaded() -> None:
@@ -33,16 +54,34 @@ def _stage_when_loaded() -> None:
     from vllm.v1.worker.gpu_worker import Worker  # the CPU's worker inherits `load_model`
 
     load_model = Worker.load_model
-    if getattr(load_model, "stages", False):
-        return
 
     def load_and_stage(self: Any, *, load_dummy_weights: bool = False) -> None:
         load_model(self, load_dummy_weights=load_dummy_weights)
         if hasattr(self, "weightsync_stage"):
             self.weightsync_stage()
 
-    load_and_stage.stages = True
     Worker.load_model = load_and_stage
+
+
+def _register_backend() -> None:
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+
+    WeightTransferEngineFactory.register_engine(BACKEND, "weightsync.vllm.transfer", "WeightSyncTransferEngine")
+    WeightTransferTrainerFactory.register_engine(BACKEND, "weightsync.vllm.trainer", "WeightSyncTrainer")
+
+
+def _extend_workers(engine_args: Any) -> None:
+    """Engines of a session, and those with this backend, get the worker extension unless the command line names one."""
+    build = engine_args.create_engine_config
+
+    @functools.wraps(build)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        native = getattr(self.weight_transfer_config, "backend", None) == BACKEND
+        if not self.worker_extension_cls and (native or "WEIGHTSYNC_CONFIG" in os.environ):
+            self.worker_extension_cls = WORKER_EXTENSION
+        return build(self, *args, **kwargs)
+
+    engine_args.create_engine_config = create_engine_config
 
 
 def _keep_load_layout() -> None:

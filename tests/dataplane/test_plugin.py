@@ -1,0 +1,52 @@
+"""What the plug-in does to a process of vLLM, without a server."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from weightsync.vllm import plugin
+
+
+@pytest.fixture
+def arguments(monkeypatch: pytest.MonkeyPatch) -> type:
+    """vLLM's EngineArgs after registration, whose `create_engine_config` only tells the worker extension."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.delenv("WEIGHTSYNC_CONFIG", raising=False)
+    monkeypatch.setattr(EngineArgs, "create_engine_config", lambda self: self.worker_extension_cls)
+    plugin._extend_workers(EngineArgs)
+    return EngineArgs
+
+
+def configured(engine_args: type, *, extension: str = "", backend: str | None = None) -> str:
+    transfer = None if backend is None else SimpleNamespace(backend=backend)
+    made = SimpleNamespace(worker_extension_cls=extension, weight_transfer_config=transfer)
+    return engine_args.create_engine_config(made)  # type: ignore[attr-defined]
+
+
+@pytest.mark.vllm
+def test_registration_can_be_repeated_and_both_factories_know_the_backend() -> None:
+    """vLLM's factories raise on a second registration, and vLLM calls plug-ins several times in a process."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+
+    from weightsync.vllm.trainer import WeightSyncTrainer
+    from weightsync.vllm.transfer import WeightSyncTransferEngine
+
+    plugin.register()
+    plugin.register()
+    assert WeightTransferEngineFactory._registry["weightsync"]() is WeightSyncTransferEngine
+    assert WeightTransferTrainerFactory._registry["weightsync"]() is WeightSyncTrainer
+
+
+@pytest.mark.vllm
+def test_engines_that_need_the_worker_extension_get_it_without_a_flag(
+    arguments: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert configured(arguments) == ""
+    assert configured(arguments, backend="nccl") == ""
+    assert configured(arguments, backend="weightsync") == plugin.WORKER_EXTENSION
+    monkeypatch.setenv("WEIGHTSYNC_CONFIG", "contract.json")
+    assert configured(arguments) == plugin.WORKER_EXTENSION
+    assert configured(arguments, extension="mine.Extension") == "mine.Extension"
