@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import os
 import subprocess
 import sys
@@ -19,7 +20,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ START_S = 240.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--replicas", type=int, default=64)
     parser.add_argument("--processes", type=int, default=2)
@@ -96,9 +96,8 @@ def push(contract: Contract, replicas: int, pushes: int, stack: ExitStack) -> di
     ledger = stack.enter_context(Ledger.from_contract(contract))
     wait_joined(ledger, replicas)
     weight = torch.zeros(ELEMENTS, dtype=torch.bfloat16)
-    local = sources_of([(PARAMETER, weight)], DENSE)
     facts = PodFacts(name="trainer-0", uid="bench", ip="127.0.0.1", epoch=None)
-    publisher = stack.enter_context(Publisher(local, contract=contract, facts=facts))
+    publisher = stack.enter_context(Publisher(sources_of([(PARAMETER, weight)], DENSE), contract=contract, facts=facts))
     taken = []
     for step in range(WARM_UP + pushes):
         weight.fill_(step + 1)
@@ -181,25 +180,18 @@ class Worker(WorkerExtension):
         return self._weightsync_receiver
 
 
+@dataclasses.dataclass
 class Engine:
     """The part of vLLM's EngineClient that the plug-in uses."""
 
-    vllm_config = SimpleNamespace(weight_transfer_config=None)
-
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-
-    async def update_weight_version(self, new_version: str) -> None: ...
-
-    async def generate(self, *_: Any, **__: Any) -> Any:
-        raise NotImplementedError("this engine computes nothing")
+    worker: Worker
 
     async def pause_generation(self, *, mode: Any, clear_cache: bool) -> None: ...
 
     async def resume_generation(self) -> None: ...
 
     async def collective_rpc(self, method: str, timeout: float | None = None, args: tuple[Any, ...] = ()) -> list[Any]:
-        return [await asyncio.to_thread(getattr(self._worker, method), *args)]
+        return [await asyncio.to_thread(getattr(self.worker, method), *args)]
 
     async def check_health(self) -> None: ...
 

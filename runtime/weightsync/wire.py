@@ -124,7 +124,12 @@ class PushSummary(JsonRecord):
     """The longest pause of any replica."""
     phases: dict[str, float] = dataclasses.field(default_factory=dict)
     """Seconds by phase: plan, open, convert, wire, verify, commit."""
+    copy_seconds: float = 0.0
+    """The longest device copy of a staged commit, a part of its pause; 0 in place."""
     replicas: tuple[str, ...] | list[str] = ()
+    """Those that hold the version; of an abort, those that were to."""
+    dropped: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Why, for each replica that a quorum went on without."""
     digest: str = ""
     """Hexadecimal digest of the version: the sum over the targets of one replica."""
     digest_ok: bool = False

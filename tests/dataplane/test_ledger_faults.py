@@ -142,8 +142,9 @@ def use_every_method(ledger: Ledger) -> None:
     assert (len(ledger.pushes()), len(ledger.replica_statuses())) == (1, 1)
     assert ledger.lost_members({joined.replica: joined.incarnation}) == ()
     assert ledger.report_ready(push.push_id, 1)
-    assert ledger.release_writers(push.push_id)
-    assert (ledger.ready(push.push_id), ledger.released(push.push_id)) == (frozenset({1}), True)
+    assert ledger.released(push.push_id) is None
+    assert ledger.release_writers(push.push_id, ["engine-0"])
+    assert (ledger.ready(push.push_id), ledger.released(push.push_id)) == (frozenset({1}), frozenset({"engine-0"}))
     assert ledger.report_applied(push.push_id, Applied(replica="engine-0", digest="0", pause_seconds=0.1))
     assert ledger.applied(push.push_id).keys() == {"engine-0"}
     assert ledger.summary(push.push_id) is None

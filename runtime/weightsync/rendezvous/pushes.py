@@ -74,6 +74,7 @@ class PushLedger(LedgerConnection):
         plan_digests: Mapping[str, str],
         catch_up: bool = False,
         floor_version: int = 0,
+        verify: str = "full",
     ) -> PushRecord:
         """Open a push under a version of its own and make it current in `epoch`. The first trainer rank calls it.
 
@@ -88,6 +89,7 @@ class PushLedger(LedgerConnection):
             "writers": writers,
             "plan_digests": dict(plan_digests),
             "members": dict(members),
+            "verify": verify,
         }
         arguments = (epoch, sequence, timeout_s, int(catch_up), floor_version, json.dumps(constant), PUSH_TTL_S)
         outcome, *facts = self._run_witnessed("begin_push", scripts.BEGIN_PUSH, *arguments)
