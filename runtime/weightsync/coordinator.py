@@ -1,23 +1,23 @@
 """The first trainer rank's part of a push: who takes part, when writers begin, and the one decision at the end.
 
 Reads as the protocol: members, plan, begin, convert, ready, open, go, wire, votes, decide, applied. Every wait ends at the
-push's one deadline, and sooner when somebody whom it waits for has died. Imports httpx for the engines' endpoint; never vLLM.
+push's one deadline, and sooner when somebody whom it waits for has died. Never imports vLLM.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import http.client
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Set
 from contextlib import suppress
 from pathlib import Path
 
-import httpx
-
 from weightsync import verify
 from weightsync.config import Contract
+from weightsync.endpoints import Endpoints
 from weightsync.errors import ConversionError, DeadlineExceeded, LedgerUnavailable, PushAborted, WeightSyncError
 from weightsync.participants import Participants
 from weightsync.rendezvous.handshake import Applied
@@ -38,6 +38,10 @@ APPLY_S = 5.0
 ACCOUNT_S = 1.0
 """The account comes so long after the deadline at the latest: the other ranks wait GRACE_S for it."""
 OPEN_WORKERS = 64
+STEP_POLL_S = 0.005
+"""Longest pause between two looks at the ledger within a push: a look costs three round trips, a pause counts as overhead."""
+LEASE_LOOK_S = 0.25
+"""Leases are looked at so often while a push waits; they are good for seconds."""
 OPEN_LOOK_S = 0.25
 LOST_LOOK_S = 0.5
 
@@ -53,7 +57,9 @@ class Coordinator:
         self._writer = writer
         self.watch = Stopwatch()
         """Of the last push."""
-        self._http = httpx.Client(headers={"Authorization": f"Bearer {contract.endpoint_token()}"}, trust_env=False)
+        self._leases_seen_at = 0.0
+        self._endpoints = Endpoints(token=contract.endpoint_token())
+        self._pool = concurrent.futures.ThreadPoolExecutor(OPEN_WORKERS, thread_name_prefix="weightsync-open")
 
     def push(self, *, step: int, sequence: int) -> PushSummary:
         """Convert and push the model's present weights as the next version.
@@ -82,7 +88,8 @@ class Coordinator:
             return self._run(step, sequence, late, deadline, catch_up=version)
 
     def close(self) -> None:
-        self._http.close()
+        self._pool.shutdown()
+        self._endpoints.close()
 
     def _run(
         self,
@@ -166,37 +173,34 @@ class Coordinator:
 
     def _open(self, record: PushRecord, participants: Participants, deadline: Deadline) -> None:
         """Ask all replicas at once; returns when each has opened or is dropped. Nobody is written into who has not opened."""
-        pool = concurrent.futures.ThreadPoolExecutor(min(OPEN_WORKERS, len(participants.left)))
+        body = record.to_json()
         asked = {
-            pool.submit(self._open_one, record, member, deadline): name for name, member in participants.left.items()
+            self._pool.submit(self._open_one, body, member, deadline): name
+            for name, member in participants.left.items()
         }
         opened: set[str] = set()
         patience = deadline
-        try:
-            while len(opened) < len(participants.left):
-                done, waiting = concurrent.futures.wait(
-                    asked, timeout=OPEN_LOOK_S, return_when=concurrent.futures.FIRST_COMPLETED
-                )
-                refused = {asked[future]: why for future in done if (why := future.result()) is not None}
-                participants.drop({name: f"did not open: {why}" for name, why in refused.items()})
-                opened |= {asked.pop(future) for future in done} - refused.keys()
-                self._fail_early(record, participants)
-                patience = min(patience, participants.patience(len(opened), deadline), key=lambda d: d.moment)
-                if patience.passed:
-                    what = f"had not opened after {patience.timeout_s:.1f} s"
-                    participants.drop({asked[future]: what for future in waiting})
-                    break
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        while len(opened) < len(participants.left):
+            done, waiting = concurrent.futures.wait(
+                asked, timeout=OPEN_LOOK_S, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            refused = {asked[future]: why for future in done if (why := future.result()) is not None}
+            participants.drop({name: f"did not open: {why}" for name, why in refused.items()})
+            opened |= {asked.pop(future) for future in done} - refused.keys()
+            self._fail_early(record, participants)
+            patience = min(patience, participants.patience(len(opened), deadline), key=lambda d: d.moment)
+            if patience.passed:
+                what = f"had not opened after {patience.timeout_s:.1f} s"
+                participants.drop({asked[future]: what for future in waiting})
 
-    def _open_one(self, record: PushRecord, member: Member, deadline: Deadline) -> str | None:
+    def _open_one(self, body: str, member: Member, deadline: Deadline) -> str | None:
         """None when the replica has opened, else why not."""
-        url = f"{member.url}/weightsync/v1/push"
+        timeout_s = max(deadline.left_s, 0.1)
         try:
-            answer = self._http.post(url, content=record.to_json(), timeout=max(deadline.left_s, 0.1))
-        except httpx.HTTPError as error:
+            answer = self._endpoints.post(member.url, "/weightsync/v1/push", body, timeout_s=timeout_s)
+        except (OSError, http.client.HTTPException) as error:
             return f"{member.url}: {type(error).__name__} {error}"
-        return None if answer.is_success else _message(answer)
+        return None if answer.ok else answer.message
 
     def _wait_ranks(
         self,
@@ -214,7 +218,13 @@ class Coordinator:
             self._fail_early(record, participants)
             return True if not missing else None
 
-        wait_until(fetch, deadline=deadline, what=what, missing=lambda: f"missing {sorted(missing)}")
+        wait_until(
+            fetch,
+            deadline=deadline,
+            what=what,
+            missing=lambda: f"missing {sorted(missing)}",
+            poll_max_s=STEP_POLL_S,
+        )
 
     def _wait_votes(
         self, record: PushRecord, participants: Participants, deadline: Deadline
@@ -241,7 +251,11 @@ class Coordinator:
             return None if missing else {key: vote for key, vote in votes.items() if key[0] in participants.left}
 
         return wait_until(
-            fetch, deadline=deadline, what="replicas have not voted", missing=lambda: f"missing {sorted(missing)}"
+            fetch,
+            deadline=deadline,
+            what="replicas have not voted",
+            missing=lambda: f"missing {sorted(missing)}",
+            poll_max_s=STEP_POLL_S,
         )
 
     def _fail_early(self, record: PushRecord, participants: Participants) -> None:
@@ -253,12 +267,15 @@ class Coordinator:
         failed = [report for report in reports if not report.ok]
         if failed:
             raise PushAborted(f"trainer rank {failed[0].rank}: {failed[0].reason}")
+        participants.drop({name: why for report in reports for name, why in report.failed.items()})
+        if time.monotonic() - self._leases_seen_at < LEASE_LOOK_S:
+            return
+        self._leases_seen_at = time.monotonic()
         lost = self._ledger.lost_writers(self._epoch, self._world_size)
         if lost:
             raise PushAborted(f"trainer ranks {list(lost)} are lost: their leases ran out")
-        unreached = {name: why for report in reports for name, why in report.failed.items()}
         dead = self._ledger.lost_members(record.members)
-        participants.drop(unreached | dict.fromkeys(dead, "is lost: its lease ran out, or it restarted"))
+        participants.drop(dict.fromkeys(dead, "is lost: its lease ran out, or it restarted"))
 
     def _decide_abort(self, record: PushRecord, error: WeightSyncError) -> Verdict:
         try:
@@ -321,7 +338,8 @@ class Coordinator:
 
         try:
             patience = Deadline(min(APPLY_S, max(deadline.left_s, 0.0) + ACCOUNT_S))
-            return wait_until(fetch, deadline=patience, what="replicas have not said that they serve")
+            what = "replicas have not said that they serve"
+            return wait_until(fetch, deadline=patience, what=what, poll_max_s=STEP_POLL_S)
         except DeadlineExceeded as error:
             logger.warning("push %s is committed, but %s", record.push_id, error)
             return self._ledger.applied(record.push_id)
@@ -433,10 +451,3 @@ def _summary(
         transports=moved_by.names,
         transport_proof=moved_by.proof,
     )
-
-
-def _message(answer: httpx.Response) -> str:
-    try:
-        return answer.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        return f"HTTP {answer.status_code} {answer.text[:200]}"

@@ -50,6 +50,10 @@ class Keys:
         """Hash of one push: record, decision, reason, writer:<rank>, vote:<replica>:<rank>."""
         return f"{self.prefix}push:{push_id}"
 
+    def decided(self, push_id: str) -> str:
+        """Stream with one entry (decision, reason) once the push is decided, for those who wait for it without polling."""
+        return f"{self.push(push_id)}:decided"
+
     def current_push(self, epoch: int) -> str:
         """String: push id that the ranks of `epoch` take part in, with the trainer's own count of its pushes."""
         return f"{self.prefix}current:{epoch}"

@@ -208,7 +208,7 @@ class Replica:
                 if deadline.passed:
                     reason = f"{self.name}: no decision within {deadline.timeout_s:.1f} s"
                     return await asyncio.to_thread(ledger.decide, record.push_id, Decision.ABORT, reason)
-                verdict = await asyncio.to_thread(ledger.decision, record.push_id)
+                verdict = await asyncio.to_thread(ledger.await_decision, record.push_id, deadline.left_s)
                 if verdict is None:
                     reason = f"{self.name}: the ledger lost push {record.push_id}"
                     return await asyncio.to_thread(ledger.decide, record.push_id, Decision.ABORT, reason)
