@@ -20,7 +20,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,7 +39,9 @@ from weightsync.config import (
     RedisSection,
     TransferSection,
 )
+from weightsync.layout.families import DENSE
 from weightsync.layout.records import Copy, SourceTensor, Target, TargetLayout
+from weightsync.layout.shards import sources_of
 from weightsync.receiver import Receiver
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.modelexpress import Rendezvous
@@ -54,7 +55,7 @@ START_S = 240.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--replicas", type=int, default=64)
     parser.add_argument("--processes", type=int, default=2)
@@ -94,13 +95,12 @@ def push(contract: Contract, replicas: int, pushes: int, stack: ExitStack) -> di
     """Push from a trainer of one rank; the first pushes plan, connect and warm up."""
     ledger = stack.enter_context(Ledger.from_contract(contract))
     wait_joined(ledger, replicas)
-    model = Tiny()
+    weight = torch.zeros(ELEMENTS, dtype=torch.bfloat16)
     facts = PodFacts(name="trainer-0", uid="bench", ip="127.0.0.1", epoch=None)
-    publisher = stack.enter_context(Publisher(model, contract=contract, facts=facts))
+    publisher = stack.enter_context(Publisher(sources_of([(PARAMETER, weight)], DENSE), contract=contract, facts=facts))
     taken = []
     for step in range(WARM_UP + pushes):
-        with torch.no_grad():
-            model.weight.fill_(step + 1)
+        weight.fill_(step + 1)
         started = time.perf_counter()
         told = publisher.push(step=step)
         taken.append(time.perf_counter() - started)
@@ -120,20 +120,6 @@ def push(contract: Contract, replicas: int, pushes: int, stack: ExitStack) -> di
         "pause_seconds": median([summary.pause_seconds for summary in summaries]),
         "phase_seconds": phases,
     }
-
-
-class Tiny(torch.nn.Module):
-    """A model of one vector."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = torch.nn.Module()
-        self.model.norm = torch.nn.Module()
-        self.weight = self.model.norm.weight = torch.nn.Parameter(torch.zeros(ELEMENTS, dtype=torch.bfloat16))
-        self.config = SimpleNamespace(to_dict=lambda: {"model_type": "llama"})
-
-    def named_parameters(self, *_: Any, **__: Any) -> Any:
-        return iter([(PARAMETER, self.weight)])
 
 
 def make_contract(folder: Path, redis_port: int, modelexpress: str) -> Contract:

@@ -30,7 +30,7 @@ from bench.models import Model, engine, fsdp, sources
 from weightsync import verify
 from weightsync.layout.records import SourceLayout, TargetLayout
 from weightsync.plan import make_plan
-from weightsync.receiver import NOTIFICATION_POLL_S
+from weightsync.reception import NOTIFICATION_POLL_S
 from weightsync.rendezvous.incarnation import replica_incarnation
 from weightsync.rendezvous.modelexpress import EngineDescriptor, RemoteTensor
 from weightsync.rendezvous.records import PushRecord
@@ -61,7 +61,7 @@ PRODUCT = "push by the product"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--transport", choices=list(TRANSPORTS), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -143,7 +143,7 @@ def prepare_product(
     plan = make_plan(held, layout)
 
     def push() -> None:
-        writer.write(record, Deadline(TIMEOUT_S))
+        writer.write(record, record.members.keys(), Deadline(TIMEOUT_S), frozenset)
 
     return push, plan.writes(0), plan.targets, writer
 

@@ -88,7 +88,7 @@ class Coordinator:
             return self._run(step, sequence, late, deadline, catch_up=version)
 
     def close(self) -> None:
-        self._pool.shutdown()
+        self._pool.shutdown(wait=False, cancel_futures=True)
         self._endpoints.close()
 
     def _run(
@@ -173,9 +173,8 @@ class Coordinator:
 
     def _open(self, record: PushRecord, participants: Participants, deadline: Deadline) -> None:
         """Ask all replicas at once; returns when each has opened or is dropped. Nobody is written into who has not opened."""
-        body = record.to_json()
         asked = {
-            self._pool.submit(self._open_one, body, member, deadline): name
+            self._pool.submit(self._open_one, record, member, deadline): name
             for name, member in participants.left.items()
         }
         opened: set[str] = set()
@@ -192,12 +191,13 @@ class Coordinator:
             if patience.passed:
                 what = f"had not opened after {patience.timeout_s:.1f} s"
                 participants.drop({asked[future]: what for future in waiting})
+                break
 
-    def _open_one(self, body: str, member: Member, deadline: Deadline) -> str | None:
+    def _open_one(self, record: PushRecord, member: Member, deadline: Deadline) -> str | None:
         """None when the replica has opened, else why not."""
         timeout_s = max(deadline.left_s, 0.1)
         try:
-            answer = self._endpoints.post(member.url, "/weightsync/v1/push", body, timeout_s=timeout_s)
+            answer = self._endpoints.post(member.url, "/weightsync/v1/push", record.to_json(), timeout_s=timeout_s)
         except (OSError, http.client.HTTPException) as error:
             return f"{member.url}: {type(error).__name__} {error}"
         return None if answer.ok else answer.message
