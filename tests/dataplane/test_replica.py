@@ -251,16 +251,18 @@ async def test_a_staged_replica_serves_on_without_a_ledger_and_applies_what_it_t
     loop, ledger = asyncio.get_running_loop(), scene.replica._ledger
     decide = ledger.decide
 
-    def ask(*question: Any) -> Verdict:
-        """What `decide` and `decision` come to when Redis does not answer."""
+    def late(*question: Any) -> Verdict:
+        """What `decide` comes to when Redis does not answer: past the deadline the replica asks for an abort."""
         if not away:
             return decide(*question)
-        if len(question) > 1:  # past the deadline it asks for an abort
-            loop.call_soon_threadsafe(asked_late.set)
+        loop.call_soon_threadsafe(asked_late.set)
         raise LedgerUnavailable("Redis is gone")
 
-    monkeypatch.setattr(ledger, "decide", ask)
-    monkeypatch.setattr(ledger, "decision", ask)
+    def wait(*_: Any) -> Verdict:
+        raise LedgerUnavailable("Redis is gone")
+
+    monkeypatch.setattr(ledger, "decide", late)
+    monkeypatch.setattr(ledger, "await_decision", wait)
     record = scene.begin(timeout_s=0.5)
     await scene.replica.open(record)
     scene.ledger.decide(record.push_id, Decision.COMMIT)
