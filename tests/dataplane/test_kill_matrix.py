@@ -71,7 +71,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
         Cell("tp-rank", "apply", "kill"),
         Cell("tp-rank", "plan", "stop"),
         Cell("modelexpress", "plan", "kill"),
-        Cell("redis", "wire", "stop"),
+        # each last call of a push was tried for 5 s more (`LedgerConnection.bounded`)
+        Cell("redis", "convert", "stop"),
         Cell("redis", "apply", "kill"),
     ],
     ids=str,
