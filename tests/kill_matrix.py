@@ -250,7 +250,10 @@ class Run:
                 self._target_signal(signal.SIGCONT)
         elif self._cell.actor == "redis":
             self._fleet.redis.restart(with_data=True)
-        elif self._cell.actor == "modelexpress":
+        if self._cell.actor == "redis":
+            # As its liveness probe does in a cluster, sooner: without its Redis it may hang for 120 s (docs/decisions/0004).
+            self._fleet.modelexpress.restart()
+        elif self._cell.actor == "modelexpress" and self._cell.signal == "kill":
             self._fleet.modelexpress.restart()
 
     def _wait_gang(self) -> None:
