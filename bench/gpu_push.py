@@ -202,9 +202,10 @@ class _TrainerProcess:
                     pipe.send(wall(self._measure))
                 case ("write", record):
                     self._measure_for(record)
-                    pipe.send(self._writer.write(record, Deadline(TIMEOUT_S)))
+                    pipe.send(self._writer.write(record, record.members.keys(), Deadline(TIMEOUT_S), frozenset).bytes)
                 case ("convert_and_write", record):
-                    pipe.send(self._writer.convert_and_write(record, Deadline(TIMEOUT_S)))
+                    everyone = record.members.keys()
+                    pipe.send(self._writer.convert_and_write(record, everyone, Deadline(TIMEOUT_S), frozenset).bytes)
                 case ("naive",):
                     pipe.send(self._naive())
                 case ("memory",):

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.about import about, save
 from weightsync.errors import WeightSyncError
 from weightsync.inspection.checkpoint import FORMATS, Checkpoint, read_checkpoint
 from weightsync.inspection.figures import sampled
@@ -118,12 +117,7 @@ def stored() -> list[dict[str, Any]]:
 
 def write(cells: Sequence[dict[str, Any]]) -> None:
     """The results, and the table made from them."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    about = {"command": "python -m bench.inspect_matrix", "commit": commit, "machine": platform.machine()}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({**about, "fabric_gbps": FABRIC_GBPS, "cells": list(cells)}, indent=1) + "\n")
+    save(RESULTS.stem, {**about(), "fabric_gbps": FABRIC_GBPS, "cells": list(cells)}, RESULTS.parent)
     before, _, rest = PAGE.read_text().partition(BEGIN)
     after = rest.partition(END)[2]
     PAGE.write_text(before + BEGIN + "\n" + table(cells) + "\n" + END + after)

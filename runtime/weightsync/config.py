@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.alias_generators import to_camel
 
 from weightsync.errors import ConfigError
 
-CONTRACT_VERSION = "1.0"
+CONTRACT_VERSION = "1.1"
 """major.minor. A runtime refuses another major; unknown keys are an error within the same minor and ignored beyond it."""
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -74,12 +74,28 @@ class TransferSection(_Section):
 
     format: Literal["auto", "bf16", "fp8-128x128", "fp8-128x128-ue8m0"] = "auto"
     """What engines must want; auto takes what they report. With `ue8m0` the scales are powers of two."""
-    commit: Literal["inPlace"] = "inPlace"
+    commit: Literal["inPlace", "staged"] = "inPlace"
+    """Where bytes land: in live memory while the engine is paused, or in staging while it serves."""
+    staging: Literal["none", "device", "pinnedHost"] = "none"
+    staging_budget_bytes: Annotated[int, Field(gt=0)] | None = None
+    """What staging may take in one engine rank; None for as much as its weights do."""
+    quorum: Annotated[int, Field(ge=1)] | None = None
+    """Replicas without which nothing is committed; None for all that are alive when a push begins."""
+    verify: Literal["full", "sampled", "off"] = "full"
+    prefix_cache: Literal["reset", "keep"] = "reset"
     pause_mode: Literal["abort", "wait", "keep"] = "wait"
     timeout_seconds: Annotated[float, Field(gt=0, le=3600)] = 120.0
     """One absolute deadline of a push, from its first message to the decision."""
     max_version_skew: Annotated[int, Field(ge=0, le=1000)] = 0
     """Versions that an engine may be behind the committed one and still serve."""
+
+    @model_validator(mode="after")
+    def _staging_goes_with_staged(self) -> Self:
+        if (self.commit == "staged") != (self.staging != "none"):
+            raise ValueError(
+                f"commit is {self.commit} and staging {self.staging}: staged needs device or pinnedHost, inPlace none"
+            )
+        return self
 
 
 class TelemetrySection(_Section):

@@ -1,24 +1,25 @@
 """The first trainer rank's part of a push: who takes part, when writers begin, and the one decision at the end.
 
 Reads as the protocol: members, plan, begin, convert, ready, open, go, wire, votes, decide, applied. Every wait ends at the
-push's one deadline, and sooner when somebody whom it waits for has died. Imports httpx for the engines' endpoint; never vLLM.
+push's one deadline, and sooner when somebody whom it waits for has died. Never imports vLLM.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import http.client
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from contextlib import suppress
 from pathlib import Path
 
-import httpx
-
 from weightsync import verify
 from weightsync.config import Contract
+from weightsync.endpoints import Endpoints
 from weightsync.errors import ConversionError, DeadlineExceeded, LedgerUnavailable, PushAborted, WeightSyncError
+from weightsync.participants import Participants
 from weightsync.rendezvous.handshake import Applied
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.records import Member, PushRecord, Verdict, Vote, WriterReport
@@ -37,6 +38,12 @@ APPLY_S = 5.0
 ACCOUNT_S = 1.0
 """The account comes so long after the deadline at the latest: the other ranks wait GRACE_S for it."""
 OPEN_WORKERS = 64
+STEP_POLL_S = 0.005
+"""Longest pause between two looks at the ledger within a push: a look costs three round trips, a pause counts as overhead."""
+LEASE_LOOK_S = 0.25
+"""Leases are looked at so often while a push waits; they are good for seconds."""
+OPEN_LOOK_S = 0.25
+LOST_LOOK_S = 0.5
 
 
 class Coordinator:
@@ -50,7 +57,9 @@ class Coordinator:
         self._writer = writer
         self.watch = Stopwatch()
         """Of the last push."""
-        self._http = httpx.Client(headers={"Authorization": f"Bearer {contract.endpoint_token()}"}, trust_env=False)
+        self._leases_seen_at = 0.0
+        self._endpoints = Endpoints(token=contract.endpoint_token())
+        self._pool = concurrent.futures.ThreadPoolExecutor(OPEN_WORKERS, thread_name_prefix="weightsync-open")
 
     def push(self, *, step: int, sequence: int) -> PushSummary:
         """Convert and push the model's present weights as the next version.
@@ -79,7 +88,8 @@ class Coordinator:
             return self._run(step, sequence, late, deadline, catch_up=version)
 
     def close(self) -> None:
-        self._http.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._endpoints.close()
 
     def _run(
         self,
@@ -93,6 +103,7 @@ class Coordinator:
         started = time.monotonic()
         phases = self.watch = Stopwatch()
         incarnations = {name: member.incarnation for name, member in members.items()}
+        participants = Participants(members, self._quorum(catch_up > 0))
         with phases.phase("plan"):
             plans = self._writer.learn(incarnations, Deadline(min(LEARN_S, deadline.left_s)), catch_up=catch_up > 0)
             record = self._ledger.begin_push(
@@ -105,114 +116,166 @@ class Coordinator:
                 plan_digests=plans,
                 catch_up=catch_up > 0,
                 floor_version=catch_up or max(member.version for member in members.values()),
+                verify=self._contract.transfer.verify,
             )
         try:
-            votes = self._carry_out(record, members, deadline, phases)
+            votes = self._carry_out(record, participants, deadline, phases)
             verdict = self._ledger.decide(record.push_id, Decision.COMMIT)
         except WeightSyncError as error:
             verdict = self._decide_abort(record, error)
             votes = {}
             if isinstance(error, ConversionError):  # no later attempt sends these weights
                 with suppress(PushAborted):
-                    self._account(record, verdict, votes, phases, started, deadline)
+                    self._account(record, verdict, participants, votes, phases, started, deadline)
                 raise
-        return self._account(record, verdict, votes, phases, started, deadline)
+        return self._account(record, verdict, participants, votes, phases, started, deadline)
+
+    def _quorum(self, catch_up: bool) -> int | None:
+        """Of late replicas each one counts by itself, where the fleet as a whole may lack some."""
+        quorum = self._contract.transfer.quorum
+        return quorum and (1 if catch_up else quorum)
 
     def _carry_out(
-        self, record: PushRecord, members: Mapping[str, Member], deadline: Deadline, phases: Stopwatch
+        self, record: PushRecord, participants: Participants, deadline: Deadline, phases: Stopwatch
     ) -> dict[tuple[str, int], Vote]:
         """Everything between the begin of a push and its decision; raises when it cannot be committed."""
         with phases.phase("plan"):
             self._ledger.report_planned(record.push_id, 0)
-            self._wait_ranks(record, deadline, self._ledger.planned, "trainer ranks have not planned")
+            self._wait_ranks(record, participants, deadline, self._ledger.planned, "trainer ranks have not planned")
         with phases.phase("convert"):
-            if not record.catch_up:
-                self._writer.fill()
-            self._writer.measure(record)
+            prepare(self._writer, record, self._contract)
             self._ledger.report_ready(record.push_id, 0)
-            self._wait_ranks(record, deadline, self._ledger.ready, "trainer ranks are not ready to write")
+            self._wait_ranks(record, participants, deadline, self._ledger.ready, "trainer ranks are not ready to write")
         with phases.phase("open"):
-            self._open(record, members, deadline)
-            self._ledger.release_writers(record.push_id)
-        write_and_report(self._ledger, self._writer, record, 0, deadline, phases)
+            self._open(record, participants, deadline)
+            opened = frozenset(participants.left)
+            self._ledger.release_writers(record.push_id, opened)
+        write_and_report(self._ledger, self._writer, record, self._contract, opened, 0, deadline, phases)
         with phases.phase("wire"):
-            self._wait_ranks(record, deadline, self._ledger.writer_reports, "trainer ranks have not written")
+            self._wait_ranks(
+                record, participants, deadline, self._ledger.writer_reports, "trainer ranks have not written"
+            )
         with phases.phase("verify"):
-            return self._wait_votes(record, members, deadline)
+            return self._wait_votes(record, participants, deadline)
 
     def _wait_members(self, deadline: Deadline) -> dict[str, Member]:
-        def fetch() -> dict[str, Member] | None:
-            return self._ledger.live_members() or None
+        needed = self._contract.transfer.quorum or 1
 
+        def fetch() -> dict[str, Member] | None:
+            members = self._ledger.live_members()
+            return members if len(members) >= needed else None
+
+        what = f"not {needed} of the session's engines are alive" if needed > 1 else "no engine has joined the session"
         try:
-            return wait_until(fetch, deadline=deadline, what="no engine has joined the session", poll_max_s=0.5)
+            return wait_until(fetch, deadline=deadline, what=what, poll_max_s=0.5)
         except DeadlineExceeded as error:
             raise PushAborted(f"{error}; is an inference replica running, and can it reach the ledger?") from error
 
-    def _open(self, record: PushRecord, members: Mapping[str, Member], deadline: Deadline) -> None:
-        """Pause all replicas at once; the first refusal aborts the push."""
-        body = record.to_json()
+    def _open(self, record: PushRecord, participants: Participants, deadline: Deadline) -> None:
+        """Ask all replicas at once; returns when each has opened or is dropped. Nobody is written into who has not opened."""
+        asked = {
+            self._pool.submit(self._open_one, record, member, deadline): name
+            for name, member in participants.left.items()
+        }
+        opened: set[str] = set()
+        patience = deadline
+        while len(opened) < len(participants.left):
+            done, waiting = concurrent.futures.wait(
+                asked, timeout=OPEN_LOOK_S, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            refused = {asked[future]: why for future in done if (why := future.result()) is not None}
+            participants.drop({name: f"did not open: {why}" for name, why in refused.items()})
+            opened |= {asked.pop(future) for future in done} - refused.keys()
+            self._fail_early(record, participants)
+            patience = min(patience, participants.patience(len(opened), deadline), key=lambda d: d.moment)
+            if patience.passed:
+                what = f"had not opened after {patience.timeout_s:.1f} s"
+                participants.drop({asked[future]: what for future in waiting})
+                break
 
-        def open_one(member: Member) -> str | None:
-            try:
-                answer = self._http.post(
-                    f"{member.url}/weightsync/v1/push", content=body, timeout=max(deadline.left_s, 0.1)
-                )
-            except httpx.HTTPError as error:
-                return f"{member.replica} at {member.url} did not open: {type(error).__name__} {error}"
-            return None if answer.is_success else f"{member.replica} refused: {_message(answer)}"
-
-        with concurrent.futures.ThreadPoolExecutor(min(OPEN_WORKERS, len(members))) as pool:
-            refusals = [refusal for refusal in pool.map(open_one, members.values()) if refusal is not None]
-        if refusals:
-            raise PushAborted(f"{len(refusals)} of {len(members)} replicas did not open: {'; '.join(refusals[:3])}")
+    def _open_one(self, record: PushRecord, member: Member, deadline: Deadline) -> str | None:
+        """None when the replica has opened, else why not."""
+        timeout_s = max(deadline.left_s, 0.1)
+        try:
+            answer = self._endpoints.post(member.url, "/weightsync/v1/push", record.to_json(), timeout_s=timeout_s)
+        except (OSError, http.client.HTTPException) as error:
+            return f"{member.url}: {type(error).__name__} {error}"
+        return None if answer.ok else answer.message
 
     def _wait_ranks(
-        self, record: PushRecord, deadline: Deadline, reached: Callable[[str], Iterable[int]], what: str
+        self,
+        record: PushRecord,
+        participants: Participants,
+        deadline: Deadline,
+        reached: Callable[[str], Iterable[int]],
+        what: str,
     ) -> None:
         """Until every trainer rank has got so far."""
         missing: set[int] = set(range(self._world_size))
 
         def fetch() -> bool | None:
             missing.difference_update(reached(record.push_id))
-            self._fail_early(record)
+            self._fail_early(record, participants)
             return True if not missing else None
 
-        wait_until(fetch, deadline=deadline, what=what, missing=lambda: f"missing {sorted(missing)}")
-
-    def _wait_votes(
-        self, record: PushRecord, members: Mapping[str, Member], deadline: Deadline
-    ) -> dict[tuple[str, int], Vote]:
-        expected = {(name, rank) for name, member in members.items() for rank in range(member.ranks)}
-        missing: set[tuple[str, int]] = set(expected)
-
-        def fetch() -> dict[tuple[str, int], Vote] | None:
-            votes = self._ledger.votes(record.push_id)
-            missing.difference_update(votes)
-            refused = [vote for vote in votes.values() if not vote.ok]
-            if refused:
-                raise PushAborted(f"{refused[0].replica} rank {refused[0].rank} voted no: {refused[0].reason}")
-            self._fail_early(record)
-            return votes if not missing else None
-
-        return wait_until(
-            fetch, deadline=deadline, what="replicas have not voted", missing=lambda: f"missing {sorted(missing)}"
+        wait_until(
+            fetch,
+            deadline=deadline,
+            what=what,
+            missing=lambda: f"missing {sorted(missing)}",
+            poll_max_s=STEP_POLL_S,
         )
 
-    def _fail_early(self, record: PushRecord) -> None:
-        """Raise PushAborted as soon as the push cannot succeed any more."""
+    def _wait_votes(
+        self, record: PushRecord, participants: Participants, deadline: Deadline
+    ) -> dict[tuple[str, int], Vote]:
+        """The votes of all replicas that are left at the end, each of them for the version."""
+        patience, missing = deadline, set(participants.left)
+
+        def fetch() -> dict[tuple[str, int], Vote] | None:
+            nonlocal patience, missing
+            votes = self._ledger.votes(record.push_id)
+            refused = {v.replica: f"voted no: rank {v.rank}: {v.reason}" for v in votes.values() if not v.ok}
+            participants.drop(refused)
+            self._fail_early(record, participants)
+            missing = {
+                name
+                for name, member in participants.left.items()
+                if any((name, rank) not in votes for rank in range(member.ranks))
+            }
+            done = len(participants.left) - len(missing)
+            patience = min(patience, participants.patience(done, deadline), key=lambda d: d.moment)
+            if missing and patience.passed:
+                participants.drop(dict.fromkeys(missing, f"had not voted after {patience.timeout_s:.1f} s"))
+                missing = set()
+            return None if missing else {key: vote for key, vote in votes.items() if key[0] in participants.left}
+
+        return wait_until(
+            fetch,
+            deadline=deadline,
+            what="replicas have not voted",
+            missing=lambda: f"missing {sorted(missing)}",
+            poll_max_s=STEP_POLL_S,
+        )
+
+    def _fail_early(self, record: PushRecord, participants: Participants) -> None:
+        """Drop who cannot take part any more; raise PushAborted as soon as the push cannot succeed."""
         verdict = self._ledger.decision(record.push_id)
         if verdict is None or verdict.decision is Decision.ABORT:
             raise PushAborted(verdict.reason if verdict else f"the ledger lost push {record.push_id}")
-        failed = [report for report in self._ledger.writer_reports(record.push_id).values() if not report.ok]
+        reports = self._ledger.writer_reports(record.push_id).values()
+        failed = [report for report in reports if not report.ok]
         if failed:
             raise PushAborted(f"trainer rank {failed[0].rank}: {failed[0].reason}")
+        participants.drop({name: why for report in reports for name, why in report.failed.items()})
+        if time.monotonic() - self._leases_seen_at < LEASE_LOOK_S:
+            return
+        self._leases_seen_at = time.monotonic()
         lost = self._ledger.lost_writers(self._epoch, self._world_size)
         if lost:
             raise PushAborted(f"trainer ranks {list(lost)} are lost: their leases ran out")
         dead = self._ledger.lost_members(record.members)
-        if dead:
-            raise PushAborted(f"replicas {list(dead)} are lost: their leases ran out, or they restarted")
+        participants.drop(dict.fromkeys(dead, "is lost: its lease ran out, or it restarted"))
 
     def _decide_abort(self, record: PushRecord, error: WeightSyncError) -> Verdict:
         try:
@@ -224,6 +287,7 @@ class Coordinator:
         self,
         record: PushRecord,
         verdict: Verdict,
+        participants: Participants,
         votes: Mapping[tuple[str, int], Vote],
         phases: Stopwatch,
         started: float,
@@ -233,9 +297,10 @@ class Coordinator:
         applied: dict[str, Applied] = {}
         if verdict.decision is Decision.COMMIT:
             with phases.phase("commit"):
-                applied = self._wait_applied(record, deadline)
+                applied = self._wait_applied(record, len(participants.left), deadline)
         reports = self._ledger.writer_reports(record.push_id)
-        summary = _summary(record, verdict, votes, applied, reports, phases.seconds, time.monotonic() - started)
+        took_s = time.monotonic() - started
+        summary = _summary(record, verdict, participants, votes, applied, reports, phases.seconds, took_s)
         summary = dataclasses.replace(summary, finished_at=self._ledger.now())
         self._ledger.report_summary(record.push_id, summary)
         self._trace(summary, reports, votes, applied, phases)
@@ -266,35 +331,60 @@ class Coordinator:
         except OSError as error:
             logger.warning("push %s: its trace cannot be written: %s", summary.push_id, error)
 
-    def _wait_applied(self, record: PushRecord, deadline: Deadline) -> dict[str, Applied]:
+    def _wait_applied(self, record: PushRecord, expected: int, deadline: Deadline) -> dict[str, Applied]:
         def fetch() -> dict[str, Applied] | None:
             applied = self._ledger.applied(record.push_id)
-            return applied if len(applied) == len(record.members) else None
+            return applied if len(applied) >= expected else None
 
         try:
             patience = Deadline(min(APPLY_S, max(deadline.left_s, 0.0) + ACCOUNT_S))
-            return wait_until(fetch, deadline=patience, what="replicas have not said that they serve")
+            what = "replicas have not said that they serve"
+            return wait_until(fetch, deadline=patience, what=what, poll_max_s=STEP_POLL_S)
         except DeadlineExceeded as error:
             logger.warning("push %s is committed, but %s", record.push_id, error)
             return self._ledger.applied(record.push_id)
 
 
+def converts_on_the_wire(record: PushRecord, contract: Contract) -> bool:
+    """Whether groups travel while others are converted: into staging a push may fail half way. A catch-up converts nothing."""
+    return contract.transfer.commit == "staged" and not record.catch_up
+
+
+def prepare(writer: Writer, record: PushRecord, contract: Contract) -> None:
+    """Convert and measure whatever must be known before the first byte leaves."""
+    if converts_on_the_wire(record, contract):
+        return
+    if not record.catch_up:
+        writer.fill()
+    writer.measure(record)
+
+
 def write_and_report(
-    ledger: Ledger, writer: Writer, record: PushRecord, rank: int, deadline: Deadline, watch: Stopwatch
+    ledger: Ledger,
+    writer: Writer,
+    record: PushRecord,
+    contract: Contract,
+    replicas: Set[str],
+    rank: int,
+    deadline: Deadline,
+    watch: Stopwatch,
 ) -> None:
-    """Write this rank's part, and tell the ledger once every handle is terminal, whether it went well or not."""
+    """Write this rank's part into `replicas`, and tell the ledger how it ended, and where bytes may still move."""
+    write = writer.convert_and_write if converts_on_the_wire(record, contract) else writer.write
     try:
         with watch.phase("wire"):
-            written = writer.write(record, deadline)
+            written = write(record, replicas, deadline, _LostReplicas(ledger, record))
     except WeightSyncError as error:
         ledger.report_writer(record.push_id, WriterReport(rank=rank, ok=False, reason=str(error)))
         raise
-    watch.spans += writer.wire_spans(record)
+    watch.spans += writer.wire_spans(record, replicas)
     moved_by = transports_in_use()
     report = WriterReport(
         rank=rank,
         ok=True,
-        bytes=written,
+        bytes=written.bytes,
+        failed=written.failed,
+        in_flight=written.in_flight,
         spans=watch.told(ledger.clock_of),
         transports=moved_by.names,
         transport_proof=moved_by.proof,
@@ -302,9 +392,28 @@ def write_and_report(
     ledger.report_writer(record.push_id, report)
 
 
+class _LostReplicas:
+    """Which replicas of a push are dead; asks the ledger at most every LOST_LOOK_S, and believes nobody dead without it."""
+
+    def __init__(self, ledger: Ledger, record: PushRecord) -> None:
+        self._ledger = ledger
+        self._record = record
+        self._known: frozenset[str] = frozenset()
+        self._next_look = Deadline(LOST_LOOK_S)
+
+    def __call__(self) -> frozenset[str]:
+        if self._next_look.passed:
+            with suppress(LedgerUnavailable):
+                patient = self._ledger.until(time.monotonic() + LOST_LOOK_S)
+                self._known = frozenset(patient.lost_members(self._record.members))
+            self._next_look = Deadline(LOST_LOOK_S)
+        return self._known
+
+
 def _summary(
     record: PushRecord,
     verdict: Verdict,
+    participants: Participants,
     votes: Mapping[tuple[str, int], Vote],
     applied: Mapping[str, Applied],
     reports: Mapping[int, WriterReport],
@@ -314,9 +423,8 @@ def _summary(
     committed = verdict.decision is Decision.COMMIT
     received = sum(vote.bytes for vote in votes.values())
     wire_s = max((seconds_of(report.spans).get("wire", 0.0) for report in reports.values()), default=0.0)
-    digests = {
-        replica: sum(int(v.digest, 16) for v in votes.values() if v.replica == replica) for replica in record.members
-    }
+    holders = sorted(participants.left) if committed else sorted(record.members)
+    digests = {replica: sum(int(v.digest, 16) for v in votes.values() if v.replica == replica) for replica in holders}
     measured = {verify.to_hex(digest) for digest in digests.values()}
     served = [verify.to_hex(sum(int(part, 16) for part in item.digest.split("+"))) for item in applied.values()]
     moved_by = agree_on_transports(
@@ -335,16 +443,11 @@ def _summary(
         gbps=received / wire_s / 1e9 if wire_s and received else 0.0,
         pause_seconds=max((item.pause_seconds for item in applied.values()), default=0.0),
         phases=dict(phases),
-        replicas=sorted(record.members),
+        copy_seconds=max((item.copy_seconds for item in applied.values()), default=0.0),
+        replicas=holders,
+        dropped=participants.dropped,
         digest=min(measured) if committed else "",
         digest_ok=committed and len(measured) == 1 and set(served) == measured,
         transports=moved_by.names,
         transport_proof=moved_by.proof,
     )
-
-
-def _message(answer: httpx.Response) -> str:
-    try:
-        return answer.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        return f"HTTP {answer.status_code} {answer.text[:200]}"

@@ -5,7 +5,7 @@ The numbers are those of `weightsync.verify`. Imports torch; Triton only where t
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Container, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from weightsync.digest_kernels import Range
     from weightsync.layout.records import Target
 
-_MASK = (1 << 64) - 1
-
 
 class TensorMeter:
     """Whole contiguous tensors by name."""
@@ -29,12 +27,21 @@ class TensorMeter:
         on_device = [(name, name, 0, tensor.reshape(-1)) for name, tensor in tensors.items() if tensor.is_cuda]
         self._device = _DeviceSums(on_device) if on_device else None
 
-    def measure(self) -> dict[str, int]:
-        """Digest of each tensor as its memory is now; waits for work that was launched before on the current stream."""
-        digests = {name: verify.digest_tensor(name, tensor) for name, tensor in self._host.items()}
+    def measure(self, names: Container[str] | None = None) -> dict[str, int]:
+        """Digest of each tensor, or of those named, as its memory is now; waits for all that the device has been given before.
+
+        A writer's word that it is done does not say that this device's kernels see the bytes: hence the whole device.
+        """
+        digests = {
+            name: verify.digest_tensor(name, tensor)
+            for name, tensor in self._host.items()
+            if names is None or name in names
+        }
         if self._device is not None:
+            torch.cuda.synchronize()
             self._device.launch()
-            digests |= cast(dict[str, int], _read([self._device]))
+            measured = cast(dict[str, int], _read([self._device]))
+            digests |= {name: digest for name, digest in measured.items() if names is None or name in names}
         return digests
 
 
@@ -57,7 +64,7 @@ class WritesMeter:
         for meter in meters:
             if meter._device is None:
                 for index, digest in verify.digest_writes(meter._arena, meter._writes, meter._targets).items():
-                    totals[index] = (totals.get(index, 0) + digest) & _MASK
+                    totals[index] = (totals.get(index, 0) + digest) & verify.MASK
         return totals
 
 
@@ -87,7 +94,7 @@ def _read(measured: Sequence[_DeviceSums]) -> dict[Hashable, int]:
     totals: dict[Hashable, int] = {}
     keys = [key for keys, _ in groups for key in keys]
     for key, digest in zip(keys, torch.cat([group.sums for _, group in groups]).tolist(), strict=True):
-        totals[key] = (totals.get(key, 0) + digest) & _MASK
+        totals[key] = (totals.get(key, 0) + digest) & verify.MASK
     return totals
 
 

@@ -19,13 +19,13 @@ import logging
 import threading
 import time
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from weightsync.config import Contract, PodFacts
-from weightsync.coordinator import Coordinator, write_and_report
+from weightsync.coordinator import Coordinator, prepare, write_and_report
 from weightsync.errors import (
     ConfigError,
     ConversionError,
@@ -62,6 +62,7 @@ ATTEMPT_PAUSE_S = 2.0
 START_TIMEOUT_S = 300.0
 """Ranks of one incarnation may start so far apart."""
 OUTAGE_PAUSE_S = 1.0
+T = TypeVar("T")
 LATE_LOOK_S = 1.0
 FOLLOW_LOOK_S = 0.2
 
@@ -224,16 +225,15 @@ class Publisher:
                 check_plans(record, self._writer.learn(record.members, deadline, catch_up=record.catch_up))
             self._ledger.report_planned(record.push_id, self._rank)
             with watch.phase("convert"):
-                if not record.catch_up:
-                    self._fill(record, deadline)
-                self._writer.measure(record)
+                self._wait_planned(record, deadline)
+                prepare(self._writer, record, self._contract)
             self._ledger.report_ready(record.push_id, self._rank)
-            wait_until(
+            replicas = wait_until(
                 lambda: self._may_write(record),
                 deadline=deadline,
                 what=f"push {record.push_id}: receivers are not open",
             )
-            write_and_report(self._ledger, self._writer, record, self._rank, deadline, watch)
+            write_and_report(self._ledger, self._writer, record, self._contract, replicas, self._rank, deadline, watch)
         except PushAborted:
             raise
         except ConversionError as error:  # no later attempt sends these weights
@@ -244,24 +244,23 @@ class Publisher:
             raise PushAborted(f"push {record.push_id}: {error}") from error
         return self._outcome(record, deadline)
 
-    def _fill(self, record: PushRecord, deadline: Deadline) -> None:
-        """Convert, once every rank has planned: an exchange that one rank stays away from would hold the others."""
+    def _wait_planned(self, record: PushRecord, deadline: Deadline) -> None:
+        """Until every rank has planned: in an exchange of scales, one that stays away would hold the others."""
         wait_until(
-            lambda: self._go_on(record, len(self._ledger.planned(record.push_id)) == self._world_size),
+            lambda: self._go_on(record, len(self._ledger.planned(record.push_id)) == self._world_size or None),
             deadline=deadline,
             what=f"push {record.push_id}: trainer ranks have not planned",
         )
-        self._writer.fill()
 
-    def _may_write(self, record: PushRecord) -> bool | None:
+    def _may_write(self, record: PushRecord) -> frozenset[str] | None:
         return self._go_on(record, self._ledger.released(record.push_id))
 
-    def _go_on(self, record: PushRecord, reached: bool) -> bool | None:
-        """True when `reached`, None to look again; raises PushAborted once the push is over."""
+    def _go_on(self, record: PushRecord, reached: T | None) -> T | None:
+        """`reached`, None to look again; raises PushAborted once the push is over."""
         verdict = self._ledger.decision(record.push_id)
         if verdict is None or verdict.decision is not Decision.OPEN:
             raise PushAborted(verdict.reason if verdict else f"the ledger lost push {record.push_id}")
-        return True if reached else None
+        return reached
 
     def _outcome(self, record: PushRecord, deadline: Deadline) -> PushSummary:
         """How the push ended, from rank 0's account. Without one the ledger's decision counts: a commit is one all the same."""

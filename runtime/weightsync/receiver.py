@@ -1,9 +1,10 @@
-"""An engine rank's side of a push: offers its live parameters, checks in place what arrived, votes, and holds the verdict.
+"""An engine rank's side of a push: offers memory, has checked what arrived, and holds the verdict.
 
 One `Receiver` lives in each vLLM worker process; `weightsync.vllm.worker` makes it and `weightsync.vllm.replica` drives it by
-RPC. The RPCs only open, commit or abort; waiting, verifying and voting run on a thread of the receiver's own. States and
-fencing are those of design section 8: CLEAN(v) -> OPEN(v+1) -> VERIFIED(v+1) -> CLEAN(v+1), and DIRTY after an abort that may
-have left bytes. Imports torch and NIXL (by the transport), never vLLM.
+RPC. The RPCs only open, commit or abort; waiting, verifying and voting run on the thread of a `Reception`. States and fencing
+are those of design section 8: CLEAN(v) -> OPEN(v+1) -> VERIFIED(v+1) -> CLEAN(v+1). In place, live memory is what is offered,
+and an abort may leave it torn: DIRTY. Staged, a second buffer is, and live memory changes in `commit` only. Imports torch and
+NIXL (by the transport), never vLLM.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,20 +22,18 @@ from weightsync.config import Contract, PodFacts
 from weightsync.errors import FencedOut, LedgerUnavailable, WeightSyncError
 from weightsync.layout.records import TargetLayout
 from weightsync.meter import TensorMeter
-from weightsync.rendezvous.fencing import Fence, Notification
+from weightsync.reception import Reception
+from weightsync.rendezvous.fencing import Fence
 from weightsync.rendezvous.heartbeat import Heartbeat
 from weightsync.rendezvous.incarnation import replica_ranks
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.modelexpress import EngineDescriptor, RemoteTensor, Rendezvous, source_heartbeat
-from weightsync.rendezvous.records import PushRecord, Vote
-from weightsync.telemetry import Stopwatch
+from weightsync.rendezvous.records import PushRecord
+from weightsync.staging import StagingArena, copy_all
 from weightsync.transport import Agent
-from weightsync.waiting import Deadline
 from weightsync.wire import ReplicaState
 
 logger = logging.getLogger(__name__)
-
-NOTIFICATION_POLL_S = 0.002
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,7 @@ class Held:
     epoch: int
     version: int
     digests: Mapping[str, int]
-    """Digest of each target by name."""
+    """Digest by name of each target that was measured: all of them, or those that the push chose."""
 
     @property
     def order(self) -> tuple[int, int]:
@@ -68,6 +67,12 @@ class Description:
     seen_epoch: int
     digest: str
     reason: str
+    torn: bool
+    """Whether live memory is not what any version was, also while a push is open that repairs it."""
+    push_id: str
+    """The push that was opened last; empty before any."""
+    copy_seconds: float
+    """What the last staged commit took to copy, wait for the device included; 0 in place."""
     received_bytes: int = 0
     """Payload that writers brought and this rank verified, since it began."""
 
@@ -75,8 +80,10 @@ class Description:
 class Receiver:
     """The live parameters of one engine rank as the target of pushes.
 
-    params: contiguous tensors by name, in the engine's own layout; written in place by peers, never replaced.
+    params: contiguous tensors by name, in the engine's own layout; written in place, never replaced.
     layout: where their elements come from, as traced from the engine's loader; its targets are a subset of `params`.
+    staging: where pushes land with `commit: staged`; None in place. It has a copy of every target.
+    refresh: computes anew what the engine derives from its parameters, in place; called while it is paused.
     """
 
     def __init__(
@@ -90,6 +97,8 @@ class Receiver:
         layout: TargetLayout,
         ledger: Ledger,
         rendezvous: Rendezvous,
+        staging: StagingArena | None = None,
+        refresh: Callable[[], None] = lambda: None,
     ) -> None:
         self._contract = contract
         self._replica = replica
@@ -98,6 +107,8 @@ class Receiver:
         self._layout = layout
         self._ledger = ledger
         self._rendezvous = rendezvous
+        self._staging = staging
+        self._refresh = refresh
         self._lock = threading.RLock()
         self._process = f"{facts.uid}-{time.time_ns() // 1_000_000:x}"
         self._generation = 0
@@ -105,10 +116,13 @@ class Receiver:
         self._fills = self._measure_fills()
         self._state = ReplicaState.CLEAN
         self._reason = ""
-        self._held = Held(epoch=0, version=0, digests=self._measure())
+        self._torn = False
+        self._copy_seconds = 0.0
+        self._held = Held(epoch=0, version=0, digests=self._meter.measure())
         self._seen_epoch = 0
+        self._last_push = ""
         self._received_bytes = 0
-        self._reception: _Reception | None = None
+        self._reception: Reception | None = None
         self._unsettled: tuple[PushRecord, frozenset[int]] | None = None
         self._heartbeat: Heartbeat
         self._agent = self._new_agent()
@@ -131,11 +145,14 @@ class Receiver:
                 seen_epoch=self._seen_epoch,
                 digest=self._held.digest,
                 reason=self._reason,
+                torn=self._torn,
+                push_id=self._last_push,
+                copy_seconds=self._copy_seconds,
                 received_bytes=self._received_bytes,
             )
 
     def open(self, record: PushRecord) -> Description:
-        """Let the writers of `record` write into the live parameters; generation must be paused and the device idle.
+        """Let the writers of `record` write: into staging, or into live memory; then generation must be paused and the device idle.
 
         Raises FencedOut for another session, an older (epoch, version), another incarnation or plan, and while a lost writer
         of an earlier push may still write.
@@ -144,13 +161,28 @@ class Receiver:
             self._check_fence(record)
             self._check_settled(record)
             self._seen_epoch = max(self._seen_epoch, record.epoch)
-            self._state, self._reason = ReplicaState.OPEN, ""
-            self._reception = _Reception(self, record)
+            self._state, self._last_push = ReplicaState.OPEN, record.push_id
+            self._reception = Reception(
+                record=record,
+                fence=Fence.of(record, self._layout.digest()),
+                agent=self._agent,
+                ledger=self._ledger,
+                replica=self._replica,
+                rank=self._rank,
+                landing=self._landing_meter,
+                names=self._params,
+                fills=self._fills,
+                payload_bytes=self._layout.wanted_bytes,
+                on_checked=self._checked,
+            )
             self._reception.start()
             return self.describe()
 
     def commit(self, push_id: str) -> Description:
-        """The ledger says COMMIT: what was verified is what this rank holds from now on. Repeating it changes nothing."""
+        """The ledger says COMMIT: what was verified is what this rank holds from now on. Repeating it changes nothing.
+
+        Staged: copies it into live memory, which must be idle, and measures there again; DIRTY when something got lost on the way.
+        """
         with self._lock:
             reception = self._reception
             if reception is None or reception.record.push_id != push_id:
@@ -159,39 +191,41 @@ class Receiver:
                 raise WeightSyncError(
                     f"push {push_id} is committed but this rank is {self._state}: {self._reason or 'not verified'}"
                 )
-            record = reception.record
-            self._held = Held(epoch=record.epoch, version=record.version, digests=reception.digests)
-            self._state, self._reason, self._reception = ReplicaState.CLEAN, "", None
+            wrong = self._apply(reception)
+            self._refresh()
+            self._reception, self._torn = None, bool(wrong)
+            if wrong:
+                self._state = ReplicaState.DIRTY
+                self._reason = f"{_names(wrong)} of push {push_id} came out of the copy changed"
+            else:
+                record = reception.record
+                self._held = Held(epoch=record.epoch, version=record.version, digests=reception.digests)
+                self._state, self._reason = ReplicaState.CLEAN, ""
             return self.describe()
 
     def abort(self, push_id: str, reason: str) -> Description:
-        """The push ends without a commit. CLEAN again if no writer can reach us and the bytes are still the old ones."""
+        """The push ends without a commit here. In place, CLEAN again only if nobody can reach us and the bytes are the old ones."""
         reception = self._reception
         if reception is None or reception.record.push_id != push_id:
             return self.describe()
-        reception.stop()  # its thread takes the lock before it ends
+        reception.stop()  # without the lock: its thread may be waiting for it
         with self._lock:
             self._reception = None
             self._settle(reception.record)
-            untouched = self._unsettled is None and self._measure() == self._held.digests
-            self._state = ReplicaState.CLEAN if untouched else ReplicaState.DIRTY
+            if self._staging is None:
+                self._torn = not self._untouched()
+            self._state = ReplicaState.DIRTY if self._torn else ReplicaState.CLEAN
             self._reason = (
-                "" if untouched else f"push {push_id} of version {reception.record.version} aborted: {reason}"
+                f"push {push_id} of version {reception.record.version} aborted: {reason}" if self._torn else ""
             )
             return self.describe()
 
     def verify(self) -> Description:
         """Measure live memory again and compare with what this rank holds; DIRTY when they differ. Only while CLEAN."""
         with self._lock:
-            if self._state is ReplicaState.CLEAN:
-                measured = self._measure()
-                wrong = sorted(name for name, digest in measured.items() if digest != self._held.digests[name])
-                if wrong:
-                    self._state = ReplicaState.DIRTY
-                    names = ", ".join(wrong[:5])
-                    self._reason = (
-                        f"{len(wrong)} of {len(measured)} targets differ from version {self._held.version}: {names}"
-                    )
+            if self._state is ReplicaState.CLEAN and (wrong := self._differing(self._held.digests)):
+                self._state, self._torn = ReplicaState.DIRTY, True
+                self._reason = f"{_names(wrong)} differ from version {self._held.version}"
             return self.describe()
 
     def close(self) -> None:
@@ -202,12 +236,50 @@ class Receiver:
             self._heartbeat.close()
             self._agent.close()
 
+    @property
+    def _landing(self) -> Mapping[str, torch.Tensor]:
+        """Where writers write, by target name."""
+        if self._staging is None:
+            return self._params
+        return {name: self._staging.tensors[name] for name in self._params}
+
+    def _checked(self, faults: str, received_bytes: int) -> bool:
+        """On the reception's thread. False when the push has ended meanwhile."""
+        with self._lock:
+            reception = self._reception
+            if reception is None or reception.stopped:
+                return False
+            self._reason = faults or (self._reason if self._torn else "")
+            if not faults:
+                self._state = ReplicaState.VERIFIED
+                self._received_bytes += received_bytes
+            return True
+
+    def _apply(self, reception: Reception) -> list[str]:
+        """Staged: copy what was verified into live memory; returns the targets that are not the same there."""
+        if self._staging is None:
+            return []
+        started = time.monotonic()
+        copy_all(self._landing, self._params)
+        self._copy_seconds = time.monotonic() - started
+        return self._differing(reception.digests)
+
+    def _differing(self, digests: Mapping[str, int]) -> list[str]:
+        """Which of these targets live memory holds otherwise."""
+        measured = self._meter.measure(digests)
+        return sorted(name for name, digest in digests.items() if measured[name] != digest)
+
+    def _untouched(self) -> bool:
+        """Whether live memory is proved to be what it was before a push that was aborted."""
+        whole = self._held.digests.keys() == self._params.keys()
+        return whole and self._unsettled is None and not self._differing(self._held.digests)
+
     def _check_fence(self, record: PushRecord) -> None:
         Fence.of(record, self._layout.digest()).require_admissible(
             session=self._contract.session,
             seen_epoch=self._seen_epoch,
             held=self._held.order,
-            repairs=self._state is ReplicaState.DIRTY,
+            repairs=self._torn or record.catch_up,
         )
         if self._reception is not None:
             raise FencedOut(f"push {record.push_id} came while {self._reception.record.push_id} is open")
@@ -238,27 +310,41 @@ class Receiver:
         silent = frozenset(range(record.writers)) - self._acknowledged(record)
         if not silent:
             return
-        if self._contract.fabric.revocation == "agent":
-            logger.warning(
-                "push %s: writers %s are silent, destroying agent %s", record.push_id, sorted(silent), self.incarnation
-            )
-            self._heartbeat.close(timeout_s=0)  # a beat may hang with its server, and its source leads nowhere now
-            self._agent.close()
-            self._agent = self._new_agent()
-        else:
+        retirable = self._staging is not None and self._staging.retirable
+        if self._contract.fabric.revocation == "process" and not retirable:
             self._unsettled = (record, silent)
+            return
+        logger.warning(
+            "push %s: writers %s are silent, destroying agent %s", record.push_id, sorted(silent), self.incarnation
+        )
+        self._heartbeat.close(
+            timeout_s=0
+        )  # a beat under way may hang with the server, and its source leads nowhere now
+        self._agent.close()
+        if self._staging is not None and retirable:
+            self._staging = self._staging.retire(self._params)
+        self._agent = self._new_agent()
 
     def _acknowledged(self, record: PushRecord) -> frozenset[int]:
+        """Writers of whose bytes to this replica none can be under way any more."""
         try:
-            return frozenset(self._ledger.until(time.monotonic()).writer_reports(record.push_id))  # one try
+            reports = self._ledger.until(time.monotonic()).writer_reports(record.push_id)  # one try
         except LedgerUnavailable:
             return frozenset()
+        return frozenset(rank for rank, report in reports.items() if self._replica not in report.in_flight)
+
+    @property
+    def _landing_meter(self) -> TensorMeter:
+        """Of the memory that writers write."""
+        return self._meter if self._staging is None else self._staged_meter
 
     def _new_agent(self) -> Agent:
-        """Make and register the agent of the next generation, and have it published; the parameters stay where they are."""
+        """Make the agent of the next generation, register what is offered, and have it published; parameters stay as they are."""
         self._generation += 1
+        if self._staging is not None:
+            self._staged_meter = TensorMeter(self._landing)
         agent = Agent(f"{self._replica}/{self._rank}/{self.incarnation}")
-        agent.register(list(self._params.values()))
+        agent.register(list(self._params.values()) if self._staging is None else [self._staging.buffer])
         self._heartbeat = source_heartbeat(self._rendezvous, [self._descriptor(agent)]).start()
         return agent
 
@@ -271,7 +357,7 @@ class Receiver:
                 device_id=max(tensor.get_device(), 0),
                 dtype=str(tensor.dtype).removeprefix("torch."),
             )
-            for name, tensor in self._params.items()
+            for name, tensor in self._landing.items()
         ]
         return EngineDescriptor(
             replica=self._replica,
@@ -291,107 +377,6 @@ class Receiver:
             totals[fill.target] = totals.get(fill.target, 0) + verify.digest_range(fill.target, fill.offset, flat)
         return totals
 
-    def _measure(self) -> dict[str, int]:
-        """Digest of each target as live memory holds it now."""
-        if any(tensor.is_cuda for tensor in self._params.values()):
-            torch.cuda.synchronize()  # what a writer's completion made visible to the host must be so to our kernels
-        return self._meter.measure()
 
-
-class _Reception:
-    """The thread that takes one push in: collects the writers' final notifications, checks the bytes, votes."""
-
-    def __init__(self, receiver: Receiver, record: PushRecord) -> None:
-        self.record = record
-        self.digests: dict[str, int] = {}
-        self._receiver = receiver
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"receive-{record.push_id}", daemon=True)
-        self._fence = Fence.of(record, receiver._layout.digest())
-        self._deadline = Deadline.at(receiver._ledger.deadline_to_monotonic(record.deadline_at))
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End the thread; whatever it was about to vote does not count any more, the decision has fallen."""
-        self._stopped.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        receiver, record = self._receiver, self.record
-        try:
-            watch = Stopwatch()
-            with watch.phase("wire"):
-                notes = self._collect()
-            if notes is None:
-                return
-            with watch.phase("verify"):
-                faults = self._check(notes)
-            vote = Vote(
-                replica=receiver._replica,
-                rank=receiver._rank,
-                ok=not faults,
-                reason=faults,
-                digest=verify.to_hex(sum(self.digests.values())),
-                bytes=0 if faults else self._brought(notes),
-                spans=watch.told(receiver._ledger.clock_of),
-            )
-            with receiver._lock:
-                if self._stopped.is_set():
-                    return
-                receiver._reason = faults
-                if not faults:
-                    receiver._state = ReplicaState.VERIFIED
-                    receiver._received_bytes += vote.bytes
-            receiver._ledger.until(self._deadline.moment).vote(record.push_id, vote)
-        except WeightSyncError as error:
-            # The push ends by its deadline: the coordinator misses this vote, and the ledger's decision comes by RPC.
-            logger.error(
-                "push %s: rank %d of %s cannot vote: %s", record.push_id, receiver._rank, receiver._replica, error
-            )
-
-    def _collect(self) -> dict[int, Notification] | None:
-        """The final notification of every writer, or None when stopped or past the deadline."""
-        notes: dict[int, Notification] = {}
-        while len(notes) < self.record.writers:
-            for peer, payload in self._receiver._agent.notifications():
-                note = self._accept(peer, payload)
-                if note is not None:
-                    notes[note.writer_rank] = note
-            if self._stopped.is_set() or self._deadline.passed:
-                return None
-            if len(notes) < self.record.writers:
-                time.sleep(NOTIFICATION_POLL_S)
-        return notes
-
-    def _accept(self, peer: str, payload: bytes) -> Notification | None:
-        """The message, if it belongs to this push; anything else is fenced."""
-        try:
-            note = Notification.decode(payload)
-            note.require(self._fence)
-        except FencedOut as error:
-            logger.warning("fenced a message of agent %s: %s", peer, error)
-            return None
-        return note
-
-    def _check(self, notes: Mapping[int, Notification]) -> str:
-        """Compare live memory with the sum of the writers' digests; returns what is wrong, in words, or nothing."""
-        receiver = self._receiver
-        brought, wanted = self._brought(notes), receiver._layout.wanted_bytes
-        if brought != wanted:
-            return f"writers brought {brought} bytes of the {wanted} that this rank takes: do all run one version of weightsync?"
-        self.digests = receiver._measure()
-        wrong = []
-        for index, name in enumerate(sorted(receiver._params)):
-            sent = sum(note.partial_digests.get(index, 0) for note in notes.values()) + receiver._fills.get(name, 0)
-            if verify.to_hex(sent) != verify.to_hex(self.digests[name]):
-                wrong.append(name)
-        if not wrong:
-            return ""
-        return f"{len(wrong)} of {len(self.digests)} targets differ from what was sent: {', '.join(wrong[:5])}"
-
-    @staticmethod
-    def _brought(notes: Mapping[int, Notification]) -> int:
-        """Payload bytes that arrived, by the last words of all writers, whose digests prove them."""
-        return sum(note.bytes_written for note in notes.values())
+def _names(wrong: list[str]) -> str:
+    return f"{len(wrong)} targets ({', '.join(wrong[:5])})"

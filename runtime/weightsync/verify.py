@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,7 +30,8 @@ _BATCH_ROWS = 256
 _GATHER_ELEMENTS = 1 << 20
 _SHORT_RUN = 1 << 13
 _SEED = 0x5EED_0F_9E37_79B9
-_MASK = (1 << 64) - 1
+MASK = (1 << 64) - 1
+SAMPLE_SHARE = 8
 
 
 def digest_tensor(name: str, tensor: Tensor) -> int:
@@ -57,13 +58,26 @@ def digest_writes(arena: Tensor, writes: np.ndarray, targets: Sequence[Target]) 
         total = _digest_short(elements, mine[~long], name)
         for slot, _, offset, length in mine[long].tolist():
             total += digest_range(name, offset, elements[slot : slot + length])
-        totals[index] = total & _MASK
+        totals[index] = total & MASK
     return totals
+
+
+def chosen_names(names: Iterable[str], *, mode: str, push_id: str) -> frozenset[str]:
+    """Which targets a push measures: all (`full`), none (`off`), or (`sampled`) one in SAMPLE_SHARE, at least one, by push id.
+
+    Both sides choose alike whatever the order of `names`; over many pushes every target's turn comes.
+    """
+    if mode == "full":
+        return frozenset(names)
+    if mode == "off":
+        return frozenset()
+    ranked = sorted(set(names), key=lambda name: hashlib.blake2b(f"{push_id}/{name}".encode(), digest_size=8).digest())
+    return frozenset(ranked[: -(-len(ranked) // SAMPLE_SHARE)])
 
 
 def to_hex(digest: int) -> str:
     """16 hexadecimal digits of a digest or of a sum of digests."""
-    return f"{digest & _MASK:016x}"
+    return f"{digest & MASK:016x}"
 
 
 def _digest(name: str, start: int, bits: np.ndarray) -> int:
@@ -84,7 +98,7 @@ def _digest(name: str, start: int, bits: np.ndarray) -> int:
         sums = product.sum(axis=1)
         sums *= _row_factors(hashed, np.arange(first_row + low, first_row + high, dtype=np.uint64))
         total += int(sums.sum())
-    return total & _MASK
+    return total & MASK
 
 
 def _digest_part(hashed: np.uint64, start: int, bits: np.ndarray) -> int:

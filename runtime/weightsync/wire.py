@@ -50,6 +50,10 @@ class Keys:
         """Hash of one push: record, decision, reason, writer:<rank>, vote:<replica>:<rank>."""
         return f"{self.prefix}push:{push_id}"
 
+    def decided(self, push_id: str) -> str:
+        """Stream with one entry (decision, reason) once the push is decided, for those who wait for it without polling."""
+        return f"{self.push(push_id)}:decided"
+
     def current_push(self, epoch: int) -> str:
         """String: push id that the ranks of `epoch` take part in, with the trainer's own count of its pushes."""
         return f"{self.prefix}current:{epoch}"
@@ -120,7 +124,12 @@ class PushSummary(JsonRecord):
     """The longest pause of any replica."""
     phases: dict[str, float] = dataclasses.field(default_factory=dict)
     """Seconds by phase: plan, open, convert, wire, verify, commit."""
+    copy_seconds: float = 0.0
+    """The longest device copy of a staged commit, a part of its pause; 0 in place."""
     replicas: tuple[str, ...] | list[str] = ()
+    """Those that hold the version; of an abort, those that were to."""
+    dropped: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Why, for each replica that a quorum went on without."""
     digest: str = ""
     """Hexadecimal digest of the version: the sum over the targets of one replica."""
     digest_ok: bool = False

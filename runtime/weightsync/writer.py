@@ -11,12 +11,12 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Protocol
 
 import numpy as np
 
-from weightsync import pipeline
+from weightsync import pipeline, verify
 from weightsync.errors import FencedOut, PlanError, TransportError
 from weightsync.layout.held import Held
 from weightsync.layout.records import ITEM_BYTES, TargetLayout
@@ -87,6 +87,18 @@ class _Planned:
         return WritesMeter.read(self.meters)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Written:
+    """How this rank's writes of one push ended."""
+
+    bytes: int
+    """Payload of those that went well."""
+    failed: dict[str, str]
+    """Why, for each replica that did not get all its bytes."""
+    in_flight: tuple[str, ...]
+    """Those of them towards which bytes may still move."""
+
+
 class Writer:
     """Writes this rank's slot arena into engines; registers it with `agent` whenever it is laid out anew."""
 
@@ -101,6 +113,8 @@ class Writer:
         self._planned: dict[str, _Planned] = {}
         self._peers: dict[RankKey, _Peer] = {}
         self._partials: dict[str, dict[int, int]] = {}
+        self._stuck: list[tuple[_Peer, Deadline]] = []
+        """Peers that were lost while bytes were on their way, and the deadline of that push."""
 
     def learn(self, members: Mapping[str, str], deadline: Deadline, *, catch_up: bool) -> dict[str, str]:
         """Plan for, connect to and prepare writes into every rank of `members` (replica -> incarnation).
@@ -121,43 +135,53 @@ class Writer:
         return {digest: self._planned[digest].plan.digest for digest in {self._met[key].layout_digest for key in keys}}
 
     def fill(self) -> None:
-        """Convert the model as it is now into the arena. Raises ConversionError naming a tensor."""
+        """Convert the model as it is now into the arena. Raises ConversionError naming a tensor.
+
+        Waits first for transfers to peers that were lost in an earlier push: they read the arena.
+        """
+        self._wait_stuck()
         self._partials.clear()
         self._slots.fill()
 
     def measure(self, record: PushRecord) -> None:
         """Digest what the arena brings to each layout of a push, unless that was done since it was filled."""
         for digest in record.plan_digests:
-            if digest not in self._partials:
+            if record.verify != "off" and digest not in self._partials:
                 planned = self._planned[digest]
                 for meter in planned.meters:
                     meter.launch()
                 self._partials[digest] = planned.partials()
 
-    def write(self, record: PushRecord, deadline: Deadline) -> int:
-        """Write what the arena holds into every rank of every member, and notify each when all writes to all of them are done.
+    def write(
+        self, record: PushRecord, replicas: Set[str], deadline: Deadline, lost: Callable[[], Set[str]]
+    ) -> Written:
+        """Write what the arena holds into every rank of `replicas`, and notify each when all writes to it are done.
 
-        Returns the bytes written. Raises TransportError naming the peers that failed, with every handle terminal. A handle that
-        is still in flight GRACE_S after the deadline ends this process: nothing else can stop it (design section 8).
+        Peers that fail are told in the result, and so are those of `lost()` replicas that bytes are still on their way to. A
+        handle that is in flight GRACE_S after the deadline ends this process: nothing else can stop it (design section 8).
         """
-        peers = self._peers_of(record)
+        peers = self._peers_of(record, replicas)
         for number in range(len(self._slots.groups)):
-            _post(peers, number)
-        return self._finish(record, peers, deadline)
+            _post(peers.values(), number)
+        return self._finish(record, peers, deadline, lost)
 
-    def convert_and_write(self, record: PushRecord, deadline: Deadline) -> int:
+    def convert_and_write(
+        self, record: PushRecord, replicas: Set[str], deadline: Deadline, lost: Callable[[], Set[str]]
+    ) -> Written:
         """As `fill`, `measure` and `write`, each group on the wire while the next one is converted.
 
         Bytes leave before all are known to be finite: only for engines that do not serve what arrives until it is committed.
-        Raises as `write` does, and ConversionError naming a tensor, with every handle terminal.
+        Raises ConversionError naming a tensor, with every handle terminal.
         """
-        peers, layouts = self._peers_of(record), [self._planned[digest] for digest in record.plan_digests]
+        self._wait_stuck()
+        peers = self._peers_of(record, replicas)
+        layouts = {digest: self._planned[digest] for digest in record.plan_digests if record.verify != "off"}
         self._partials.clear()
-        transfers = [transfer for peer in peers for transfer in peer.prepared]
+        transfers = [transfer for peer in peers.values() for transfer in peer.prepared]
 
         def convert(number: int) -> Callable[[], bool]:
             ready = self._slots.fill_group(number)
-            for planned in layouts:
+            for planned in layouts.values():
                 planned.meters[number].launch()
             return ready
 
@@ -166,28 +190,29 @@ class Writer:
             pipeline.run(
                 len(self._slots.groups),
                 convert,
-                lambda number: _post(peers, number),
-                lambda: any(transfer.in_flight for transfer in transfers),
+                lambda number: _post(peers.values(), number),
+                lambda: _in_flight(transfers),
             )
             self._slots.check()
         except BaseException:
             self._wait_terminal(transfers, deadline, record.push_id)
             raise
-        for digest in record.plan_digests:
-            self._partials[digest] = self._planned[digest].partials()
-        return self._finish(record, peers, deadline)
+        self._partials.update({digest: planned.partials() for digest, planned in layouts.items()})
+        return self._finish(record, peers, deadline, lost)
 
     def close(self) -> None:
-        """Release every handle; all are terminal between pushes."""
+        """Release every handle; all are terminal between pushes, or end this process."""
+        self._wait_stuck()
         for peer in self._peers.values():
             for transfer in peer.prepared:
                 transfer.release()
         self._peers.clear()
 
-    def wire_spans(self, record: PushRecord) -> list[Span]:
-        """The wire to each peer of a push that was just written, as NIXL measured it."""
+    def wire_spans(self, record: PushRecord, replicas: Set[str]) -> list[Span]:
+        """The wire to each peer of a push that was just written, as NIXL measured it; peers that failed are left out."""
         spans = []
-        for peer in self._peers_of(record):
+        for key in self._keys_of(record, replicas) & self._peers.keys():
+            peer = self._peers[key]
             measured = [times for transfer in peer.prepared if (times := transfer.measured()) is not None]
             if measured:
                 began = min(at for at, _ in measured)
@@ -195,21 +220,52 @@ class Writer:
                 spans.append(Span("wire", began, ended - began, peer.agent_name, peer.length_bytes))
         return spans
 
-    def _peers_of(self, record: PushRecord) -> list[_Peer]:
-        return [self._peers[key] for replica, word in record.members.items() for key in replica_ranks(replica, word)]
+    @staticmethod
+    def _keys_of(record: PushRecord, replicas: Set[str]) -> set[RankKey]:
+        return {key for name in replicas for key in replica_ranks(name, record.members[name])}
 
-    def _finish(self, record: PushRecord, peers: Sequence[_Peer], deadline: Deadline) -> int:
-        """Wait for what was posted, and tell every peer. Returns the bytes written."""
-        transfers = [transfer for peer in peers for transfer in peer.prepared]
-        self._wait_terminal(transfers, deadline, record.push_id)
-        failed = [transfer for transfer in transfers if transfer.poll() is TransferState.FAILED]
-        if failed:
-            self._forget(failed)
-            told = "; ".join(f"{transfer.peer}: {transfer.failure}" for transfer in failed[:3])
-            raise TransportError(f"{len(failed)} of {len(transfers)} transfers of rank {self._rank} failed: {told}")
-        for peer in peers:
-            self._agent.notify(peer.agent_name, self._last_word(record, peer).encode())
-        return sum(peer.length_bytes for peer in peers)
+    def _peers_of(self, record: PushRecord, replicas: Set[str]) -> dict[RankKey, _Peer]:
+        return {key: self._peers[key] for key in self._keys_of(record, replicas)}
+
+    def _finish(
+        self, record: PushRecord, peers: Mapping[RankKey, _Peer], deadline: Deadline, lost: Callable[[], Set[str]]
+    ) -> Written:
+        """Tell each peer as soon as all that was posted to it is done; wait for all but the lost."""
+        written, failed, pending = 0, {}, dict(peers)
+        while pending:
+            for key, peer in list(pending.items()):
+                if _in_flight(peer.prepared):
+                    continue
+                del pending[key]
+                try:
+                    written += self._conclude(record, peer)
+                except TransportError as error:
+                    self._drop(key)
+                    failed[key[0]] = f"rank {self._rank} to {peer.agent_name}: {error}"
+            if pending and {key[0] for key in pending} <= lost():
+                break
+            if pending:
+                self._check_grace(list(pending.values()), deadline, record.push_id)
+                time.sleep(TRANSFER_POLL_S)
+        for key in pending:
+            failed[key[0]] = f"was lost while rank {self._rank} wrote"
+            self._stuck.append((self._peers.pop(key), deadline))
+        return Written(bytes=written, failed=failed, in_flight=tuple(sorted({key[0] for key in pending})))
+
+    def _conclude(self, record: PushRecord, peer: _Peer) -> int:
+        """The bytes of a peer's transfers, all of them ended, told to it. Raises TransportError when one did not end well."""
+        broken = [transfer for transfer in peer.prepared if transfer.poll() is TransferState.FAILED]
+        if broken:
+            raise TransportError(f"{len(broken)} of {len(peer.prepared)} transfers failed: {broken[0].failure}")
+        self._agent.notify(peer.agent_name, self._last_word(record, peer).encode())
+        return peer.length_bytes
+
+    def _wait_stuck(self) -> None:
+        """Until nothing reads the arena on behalf of an earlier push."""
+        while self._stuck:
+            peer, deadline = self._stuck.pop()
+            self._wait_terminal(peer.prepared, deadline, "that lost this peer")
+            self._release(peer)
 
     def _meet(self, key: RankKey, deadline: Deadline) -> _Met:
         replica, rank, incarnation = key
@@ -227,6 +283,7 @@ class Writer:
                     "the engines to catch up want other formats than the last push had: the next push brings them"
                 )
             return
+        self._wait_stuck()
         old = self._slots.buffer
         if not self._slots.lay_out(engines):
             return
@@ -291,25 +348,33 @@ class Writer:
             plan_digest=record.plan_digests[peer.layout_digest],
             writer_rank=self._rank,
             bytes_written=peer.length_bytes,
-            partial_digests=self._partials[peer.layout_digest],
+            partial_digests=self._chosen_partials(record, peer.layout_digest),
         )
 
+    def _chosen_partials(self, record: PushRecord, digest: str) -> dict[int, int]:
+        """This rank's share of the targets that the push measures, by target index."""
+        if record.verify != "sampled":
+            return {} if record.verify == "off" else self._partials[digest]
+        targets = self._planned[digest].plan.targets
+        names = verify.chosen_names((t.name for t in targets), mode=record.verify, push_id=record.push_id)
+        return {index: part for index, part in self._partials[digest].items() if targets[index].name in names}
+
     def _wait_terminal(self, transfers: Sequence[Transfer], deadline: Deadline, push_id: str) -> None:
-        while [
-            transfer for transfer in transfers if transfer.in_flight
-        ]:  # each is polled, so that NIXL sees when it ends
-            if deadline.left_s < -GRACE_S:
-                self._end_process([transfer for transfer in transfers if transfer.in_flight], push_id)
+        while _in_flight(transfers):
+            self._check_grace(transfers, deadline, push_id)
             time.sleep(TRANSFER_POLL_S)
 
-    def _end_process(self, stuck: Sequence[Transfer], push_id: str) -> None:
-        peers = ", ".join(transfer.peer for transfer in stuck[:5])
+    def _check_grace(self, waited_for: Sequence[_Peer] | Sequence[Transfer], deadline: Deadline, push_id: str) -> None:
+        """End this process once bytes are on their way GRACE_S after the deadline: nothing else stops them."""
+        if deadline.left_s >= -GRACE_S:
+            return
+        peers = sorted({each.agent_name if isinstance(each, _Peer) else each.peer for each in waited_for})
         logger.critical(
-            "push %s: %d transfers in flight %.1f s after the deadline, to %s; ending this process: nothing else stops them",
+            "push %s: transfers to %d peers in flight %.1f s after the deadline, %s; ending this process: nothing else stops them",
             push_id,
-            len(stuck),
+            len(peers),
             GRACE_S,
-            peers,
+            ", ".join(peers[:5]),
         )
         sys.stderr.flush()
         os._exit(70)
@@ -321,19 +386,22 @@ class Writer:
             if other in self._peers:
                 self._drop(other)
 
-    def _forget(self, failed: Sequence[Transfer]) -> None:
-        """A connection that failed once is made anew, also towards the same incarnation."""
-        for key in [key for key, peer in self._peers.items() if any(each in failed for each in peer.prepared)]:
-            self._drop(key)
-
     def _drop(self, key: RankKey) -> None:
-        peer = self._peers.pop(key)
+        """Forget a peer; a connection that failed once is made anew, also towards the same incarnation."""
+        self._release(self._peers.pop(key))
+
+    def _release(self, peer: _Peer) -> None:
         for transfer in peer.prepared:
             transfer.release()
         self._agent.disconnect(peer.agent_name)
 
 
-def _post(peers: Sequence[_Peer], number: int) -> None:
+def _in_flight(transfers: Sequence[Transfer]) -> list[Transfer]:
+    """Those that have not ended. Each is polled, which is what moves it on."""
+    return [transfer for transfer in transfers if transfer.in_flight]
+
+
+def _post(peers: Iterable[_Peer], number: int) -> None:
     """Start one group's writes into every peer."""
     for peer in peers:
         transfer = peer.transfers[number]

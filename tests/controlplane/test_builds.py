@@ -57,6 +57,28 @@ def test_the_runtime_accepts_the_rendered_contract(profile: str) -> None:
     assert (contract.redis.host, contract.model_express.address) == ("ws-redis", "ws-mx:8001")
 
 
+def test_the_runtime_reads_how_a_push_is_committed() -> None:
+    transfer = _contract(
+        inference={"replicas": 3},
+        transfer={
+            "commit": "staged",
+            "staging": "pinnedHost",
+            "stagingBudgetGiB": 3,
+            "quorum": 2,
+            "verify": "sampled",
+            "prefixCache": "keep",
+        },
+    ).transfer
+    assert (transfer.commit, transfer.staging, transfer.staging_budget_bytes) == ("staged", "pinnedHost", 3 << 30)
+    assert (transfer.quorum, transfer.verify, transfer.prefix_cache) == (2, "sampled", "keep")
+
+
+def test_by_default_a_push_is_in_place_wholly_verified_and_committed_by_all() -> None:
+    transfer = _contract().transfer
+    assert (transfer.commit, transfer.staging, transfer.staging_budget_bytes) == ("inPlace", "none", None)
+    assert (transfer.quorum, transfer.verify, transfer.prefix_cache) == (None, "full", "reset")
+
+
 def test_secrets_lie_where_the_contract_says() -> None:
     rendered, contract = render(make_context()), _contract()
     volume = next(v for v in rendered.engines["spec"]["template"]["spec"]["volumes"] if v["name"] == "auth")

@@ -28,6 +28,18 @@ GOOD: dict[str, dict[str, Any]] = {
     "rdma": {"fabric": {"profile": "hca-shared", "resourceName": "rdma/ib", "count": 8, "ucx": {"UCX_TLS": "rc"}}},
     "none": {"inference": {"replicas": 0, "gpus": 0}},
     "template": {"trainer": {"podTemplate": {"spec": {"anything": {"goes": ["here"]}}}}},
+    "staged": {
+        "inference": {"replicas": 3},
+        "transfer": {
+            "commit": "staged",
+            "staging": "pinnedHost",
+            "stagingBudgetGiB": 64,
+            "quorum": 3,
+            "verify": "sampled",
+            "prefixCache": "keep",
+        },
+    },
+    "a quorum, and no engine yet": {"inference": {"replicas": 0}, "transfer": {"quorum": 2}},
     "resources": {"redis": {"resources": {"requests": {"cpu": 1, "memory": "1Gi"}}}},
 }
 
@@ -54,7 +66,20 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "env twice": ({"trainer": {"env": [{"name": "A"}, {"name": "A"}]}}, "Duplicate value"),
     "unknown field": ({"inference": {"replcas": 1}}, 'unknown field "spec.inference.replcas"'),
     "timeout of nothing": ({"transfer": {"timeoutSeconds": 0}}, "spec.transfer.timeoutSeconds"),
-    "staged": ({"transfer": {"commit": "staged"}}, "spec.transfer.commit"),
+    "staged into nothing": ({"transfer": {"commit": "staged"}}, "commit staged needs staging: device or pinnedHost"),
+    "staging for nothing": ({"transfer": {"staging": "device"}}, "commit inPlace stages nothing"),
+    "a budget for nothing": ({"transfer": {"stagingBudgetGiB": 1}}, "bounds a staging buffer, and staging is none"),
+    "a budget of nothing": (
+        {"transfer": {"commit": "staged", "staging": "device", "stagingBudgetGiB": 0}},
+        "spec.transfer.stagingBudgetGiB",
+    ),
+    "a quorum of more than there are": (
+        {"inference": {"replicas": 2}, "transfer": {"quorum": 3}},
+        "transfer.quorum counts replicas: it needs that many of them",
+    ),
+    "a quorum of nobody": ({"transfer": {"quorum": 0}}, "spec.transfer.quorum"),
+    "unknown verify": ({"transfer": {"verify": "maybe"}}, "spec.transfer.verify"),
+    "unknown cache policy": ({"transfer": {"prefixCache": "drop"}}, "spec.transfer.prefixCache"),
     "relative path": ({"model": {"hostPath": "models"}}, "spec.model.hostPath"),
     "quantity": ({"redis": {"resources": {"requests": {"cpu": "a lot"}}}}, "spec.redis.resources.requests.cpu"),
 }

@@ -52,6 +52,13 @@ def test_another_major_version_is_refused(version: str) -> None:
         Contract.parse(document(contract=version))
 
 
+@pytest.mark.parametrize("transfer", [{"commit": "staged"}, {"staging": "device"}])
+def test_staging_goes_with_a_staged_commit(transfer: dict[str, str]) -> None:
+    """An engine that was to stage into nothing would write into live memory while it serves."""
+    with pytest.raises(ConfigError, match="staged needs device or pinnedHost, inPlace none"):
+        Contract.parse(document(transfer=transfer))
+
+
 def test_what_is_no_json_is_refused() -> None:
     with pytest.raises(ConfigError, match="bad field"):
         Contract.parse("{")

@@ -22,9 +22,7 @@ from weightsync.inspection.tracing import Refusal
 from weightsync.layout.meshes import EngineMesh, Parameter, TrainerMesh
 from weightsync.layout.records import Copy, SourceTensor, Target, TargetLayout
 
-REPOSITORY = Path(__file__).parents[2]
-MODELS = REPOSITORY / "bench" / "models"
-TIMEOUT_S = 280
+MODELS = Path(__file__).parents[2] / "bench" / "models"
 
 
 def two_layers(name: str, folder: Path, **changes: Any) -> Path:
@@ -37,9 +35,8 @@ def two_layers(name: str, folder: Path, **changes: Any) -> Path:
 
 def inspected(model: Path, *options: str, code: int = 0) -> dict[str, Any]:
     """The document that the command prints."""
-    command = [sys.executable, "-m", "weightsync.cli", "inspect", str(model), *options, "--json"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
+    done = CliRunner().invoke(main, ["inspect", str(model), *options, "--json"])
+    assert done.exit_code == code, done.output[-4000:]
     return json.loads(done.stdout)
 
 
@@ -207,7 +204,7 @@ def test_a_config_alone_and_the_headers_of_a_checkpoint_tell_the_same_tensors(tm
 def test_figures_are_those_of_the_plan_and_a_fault_takes_its_module_along() -> None:
     """Two trainer ranks with 3 and 2 rows of a [5, 4] matrix, which two engine ranks want in columns; a bias is faulty.
 
-    Each rank carries two slices, which begin at multiples of 16 bytes, and writes one into each engine rank.
+    The columns are carried packed, so each pair has one write; slots begin at 16 bytes.
     """
     parameters = [
         Parameter(name, shape, ((name, shape, 0),)) for name, shape in (("a.weight", (5, 4)), ("b.weight", (5, 4)))

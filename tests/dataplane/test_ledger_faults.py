@@ -23,7 +23,7 @@ OpenLedger = Callable[..., Ledger]
 
 ACL_COMMANDS = (
     "+ping +time +get +set +mget +del +expire +hget +hset +hsetnx +hmget +hgetall +hkeys +hvals +hdel +hexists"
-    " +lindex +lpush +ltrim +lrange +eval +evalsha +script|load"
+    " +lindex +lpush +ltrim +lrange +xadd +xread +eval +evalsha +script|load"
 )
 """What the runtime's Redis user needs on the keys ws:<session>:*; the operator's ACL is held against it."""
 
@@ -134,14 +134,17 @@ def use_every_method(ledger: Ledger) -> None:
     assert ledger.vote(push.push_id, Vote(replica="engine-0", rank=0, ok=True))
     assert (len(ledger.writer_reports(push.push_id)), len(ledger.votes(push.push_id))) == (1, 1)
     assert ledger.decision(push.push_id) is not None
-    assert commit(ledger, epoch).version == ledger.head().version
+    committed = commit(ledger, epoch)
+    assert committed.version == ledger.head().version
+    assert ledger.await_decision(committed.push_id, 1.0) == ledger.decision(committed.push_id)
     ledger.publish_push(PushSummary(push_id="1.1.1", epoch=1, version=1, step=1, outcome="COMMIT"))
     ledger.publish_replica_status(ReplicaStatus(name="engine-0", version=0, epoch=0, state="CLEAN", serving=True))
     assert (len(ledger.pushes()), len(ledger.replica_statuses())) == (1, 1)
     assert ledger.lost_members({joined.replica: joined.incarnation}) == ()
     assert ledger.report_ready(push.push_id, 1)
-    assert ledger.release_writers(push.push_id)
-    assert (ledger.ready(push.push_id), ledger.released(push.push_id)) == (frozenset({1}), True)
+    assert ledger.released(push.push_id) is None
+    assert ledger.release_writers(push.push_id, ["engine-0"])
+    assert (ledger.ready(push.push_id), ledger.released(push.push_id)) == (frozenset({1}), frozenset({"engine-0"}))
     assert ledger.report_applied(push.push_id, Applied(replica="engine-0", digest="0", pause_seconds=0.1))
     assert ledger.applied(push.push_id).keys() == {"engine-0"}
     assert ledger.summary(push.push_id) is None

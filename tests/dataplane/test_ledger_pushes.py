@@ -256,3 +256,49 @@ def test_committed_versions_only_rise_whatever_happens(redis_server: RedisServer
                 assert order == committed[-1] if event == "catch_up" else order > committed[-1]
                 committed += [order] if event == "commit" else []
         trainer.close()
+
+
+@pytest.mark.parametrize("wanted", [Decision.COMMIT, Decision.ABORT])
+def test_whoever_waits_for_a_decision_is_told_when_it_falls(
+    ledger: Ledger, open_ledger: OpenLedger, monkeypatch: pytest.MonkeyPatch, wanted: Decision
+) -> None:
+    """1. one that waits, and 2. one that asks later, hear it with its reason, and need not look at the push itself.
+
+    Fails without the stream: they would find out when their wait ends, up to half a second late.
+    """
+    ledger.open_epoch(1)
+    push, replica = begin(ledger, 1), open_ledger()
+    monkeypatch.setattr(replica, "decision", lambda _: pytest.fail("nothing was told, so it had to look"))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(replica.await_decision, push.push_id, 30.0)
+        decided = ledger.decide(push.push_id, wanted, "a vote")
+        assert waiting.result(5) == decided
+    assert decided.decision is wanted
+    assert replica.await_decision(push.push_id, 0.0) == decided
+
+
+def test_a_wait_for_a_decision_ends_by_itself(ledger: Ledger) -> None:
+    """1. an open push is OPEN after the patience; 2. one that the ledger does not know is None."""
+    ledger.open_epoch(1)
+    push, started = begin(ledger, 1), time.monotonic()
+    verdict = ledger.await_decision(push.push_id, 0.05)
+    assert verdict is not None and verdict.decision is Decision.OPEN
+    assert ledger.await_decision("1.9.9", 0.05) is None
+    assert time.monotonic() - started < 2
+
+
+def test_the_clock_is_asked_again_after_a_fault_only(ledger: Ledger, redis_server: RedisServer) -> None:
+    """1. two deadlines cost one question; 2. a Redis that restarted may be on another host, whose clock is another."""
+
+    def asked() -> int:
+        return redis_server.client().info("commandstats").get("cmdstat_time", {"calls": 0})["calls"]
+
+    first = ledger.deadline_to_monotonic(1000.0)
+    before = asked()
+    assert ledger.deadline_to_monotonic(1000.0) == first
+    assert asked() == before
+    redis_server.restart(with_data=True)
+    ledger.head()
+    before = asked()
+    ledger.deadline_to_monotonic(1000.0)
+    assert asked() == before + 1

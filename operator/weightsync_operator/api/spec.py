@@ -209,11 +209,37 @@ class InferenceSpec(Section):
 class TransferSpec(Section):
     """How a push is made and ended."""
 
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            ("self.commit != 'staged' || self.staging != 'none'", "commit staged needs staging: device or pinnedHost"),
+            ("self.commit == 'staged' || self.staging == 'none'", "commit inPlace stages nothing: leave staging out"),
+            (
+                "self.staging != 'none' || !has(self.stagingBudgetGiB)",
+                "stagingBudgetGiB bounds a staging buffer, and staging is none",
+            ),
+        )
+    )
+
     format: Literal["auto", "bf16", "fp8-128x128", "fp8-128x128-ue8m0"] = "auto"
     """What travels; `auto` is what the engines report, and anything else refuses engines that report another. With `ue8m0` the
     scales of FP8 blocks are powers of two, which DeepGEMM wants on Hopper."""
-    commit: Literal["inPlace"] = "inPlace"
-    """Bytes land in the live tensors while the engine is paused."""
+    commit: Literal["inPlace", "staged"] = "inPlace"
+    """inPlace: bytes land in the live tensors while the engine is paused. staged: they land in a second buffer while it serves,
+    and the pause is a copy."""
+    staging: Literal["none", "device", "pinnedHost"] = "none"
+    """Where a staged push lands: the engine's device, or host memory of its pod. It takes as much as the weights do, before
+    vLLM sizes its KV cache."""
+    staging_budget_gib: int | None = Field(default=None, ge=1, le=1024, alias="stagingBudgetGiB")
+    """GiB of staging that a rank may take; an engine whose weights need more does not start, and says how much. No bound by
+    default."""
+    quorum: Annotated[int, Field(ge=1, le=500)] | None = None
+    """Replicas that must hold a version for it to be committed; the others are fenced and caught up later. All live ones by
+    default."""
+    verify: Literal["full", "sampled", "off"] = "full"
+    """What engines measure before a version may be served: all bytes, those of some tensors (others each push), or their number
+    only."""
+    prefix_cache: Literal["reset", "keep"] = "reset"
+    """What a commit does to an engine's prefix cache: the old policy's entries are dropped, or answer for the new one."""
     pause_mode: Literal["abort", "wait", "keep"] = "wait"
     """What happens to running requests: aborted, finished first, or kept over the switch."""
     timeout_seconds: Annotated[int, Field(ge=1, le=3600)] = 120
@@ -224,6 +250,16 @@ class TransferSpec(Section):
 
 class WeightSyncSpec(Section):
     """A trainer, a fleet of engines, and how weights get from one to the other."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "!has(self.transfer.quorum) || self.inference.replicas == 0 || "
+                "self.transfer.quorum <= self.inference.replicas",
+                "transfer.quorum counts replicas: it needs that many of them",
+            ),
+        )
+    )
 
     model: ModelSpec
     """The checkpoint to start from."""

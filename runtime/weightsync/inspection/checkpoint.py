@@ -150,18 +150,20 @@ def _fused(tensors: Iterable[SourceTensor]) -> Iterable[Parameter]:
 def _from_config(config: Mapping[str, Any]) -> Checkpoint:
     family = family_of(config)
     parameters = tuple(
-        Parameter(name, shape, parts, dtype)
-        for name, shape, dtype in _module_tensors(config)
+        Parameter(name, shape, parts, family.dtype(name, "bfloat16"))
+        for name, shape in _module_tensors(config)
         if (parts := family.parts(name, shape))
     )
     tensors = [tensor for parameter in parameters for tensor in parameter.tensors()]
     return Checkpoint(config, parameters, _quantizable(config, tensors), "config.json")
 
 
-def _module_tensors(config: Mapping[str, Any]) -> list[tuple[str, tuple[int, ...], str]]:
-    """(name, shape, dtype) of the module's parameters, in bf16, and of the buffers that it saves, as they are."""
+def _module_tensors(config: Mapping[str, Any]) -> list[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of the module's parameters and of the buffers that it saves."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from weightsync.layout.shards import named_tensors
 
     with TemporaryDirectory() as folder:
         plain = {key: value for key, value in config.items() if key != "quantization_config"}
@@ -169,15 +171,10 @@ def _module_tensors(config: Mapping[str, Any]) -> list[tuple[str, tuple[int, ...
         try:
             known = AutoConfig.from_pretrained(folder)
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(
-                    known, dtype=torch.float32
-                )  # buffers as a checkpoint keeps them
+                model = AutoModelForCausalLM.from_config(known)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"transformers builds no {config['model_type']} of this config.json: {error}") from error
-    saved = model.state_dict().keys()
-    buffers = [(name, tuple(b.shape), str(b.dtype)) for name, b in model.named_buffers() if name in saved]
-    parameters = [(name, tuple(p.shape), "bfloat16") for name, p in model.named_parameters()]
-    return parameters + [(name, shape, dtype.removeprefix("torch.")) for name, shape, dtype in buffers]
+    return [(name, tuple(tensor.shape)) for name, tensor in named_tensors(model)]
 
 
 def _quantizable(config: Mapping[str, Any], tensors: Sequence[SourceTensor]) -> frozenset[str]:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
 
 from weightsync.errors import ConfigError, WeightSyncError
 from weightsync.layout.meshes import EngineMesh
@@ -17,6 +17,40 @@ from weightsync.layout.records import SourceTensor, TargetLayout
 
 CHILD = "weightsync.vllm.offline"
 TIMEOUT_S = 3600.0
+REFUSED = "refused"
+UNTRACEABLE = "untraceable"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """Which ranks the child is to trace, of what."""
+
+    model: str
+    """Folder with a config.json."""
+    tensor_parallel: int
+    data_parallel: int
+    expert_parallel: bool
+    redundant_experts: int
+    ranks: Sequence[int]
+    """Of tensor_parallel * data_parallel, as `EngineMesh` numbers them."""
+    out: str
+    """Folder for what it finds."""
+    sources: Sequence[SourceTensor]
+    """The checkpoint's tensors in the dtypes that it has."""
+
+    @property
+    def world(self) -> int:
+        return self.tensor_parallel * self.data_parallel
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Raises ValueError, KeyError or TypeError for what `to_json` did not write."""
+        value = json.loads(text)
+        sources = [SourceTensor(s["name"], tuple(s["shape"]), s["dtype"]) for s in value.pop("sources")]
+        return cls(**value, sources=sources)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,26 +86,26 @@ def trace_ranks(
     """
     with TemporaryDirectory(prefix="weightsync-inspect-") as folder:
         Path(folder, "config.json").write_text(json.dumps(config))
-        job = {
-            "model": folder,
-            "tensor_parallel": engine.tensor,
-            "data_parallel": engine.data,
-            "expert_parallel": engine.expert_parallel,
-            "redundant_experts": engine.redundant_experts,
-            "ranks": list(ranks),
-            "out": folder,
-            "sources": [dataclasses.asdict(source) for source in sources],
-        }
-        _run_child(json.dumps(job), timeout_s)
+        job = Job(
+            model=folder,
+            tensor_parallel=engine.tensor,
+            data_parallel=engine.data,
+            expert_parallel=engine.expert_parallel,
+            redundant_experts=engine.redundant_experts,
+            ranks=list(ranks),
+            out=folder,
+            sources=sources,
+        )
+        _run_child(job, timeout_s)
         return _collect(Path(folder), ranks)
 
 
-def _run_child(job: str, timeout_s: float) -> None:
+def _run_child(job: Job, timeout_s: float) -> None:
     command = [sys.executable, "-m", CHILD]
     try:
         done = subprocess.run(
             command,
-            input=job,
+            input=job.to_json(),
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

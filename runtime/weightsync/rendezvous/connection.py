@@ -27,6 +27,8 @@ from weightsync.rendezvous.retry import retry_until
 
 SOCKET_TIMEOUT_S = 0.8
 """Of one try. A push that ends without its ledger makes two after its deadline: the last wait's, and to say so."""
+CLOCK_GOOD_S = 30.0
+"""The difference between two clocks is measured again after so long, and after any fault: Redis may be on another host then."""
 RETRY_PAUSE_S = 0.05
 """Between two tries; a refused connection answers at once and must not become a busy loop."""
 
@@ -88,6 +90,7 @@ class _Shared:
         self.lock = threading.Lock()
         self.witness = Witness()
         self.clock_offset_s: float | None = None
+        self.clock_read_at = -math.inf
         self.connected = False
         self.last_fault = -math.inf
 
@@ -240,7 +243,7 @@ class LedgerConnection:
         now = int(seconds) + int(microseconds) / 1e6
         with self._shared.lock:
             # As if the answer had been given when the question left: a deadline is met early rather than late.
-            self._shared.clock_offset_s = now - sent
+            self._shared.clock_offset_s, self._shared.clock_read_at = now - sent, sent
         return now
 
     def clock_of(self, moment: float) -> float:
@@ -254,11 +257,13 @@ class LedgerConnection:
 
         With the ledger unreachable the last clock difference counts; raises LedgerUnavailable if there is none.
         """
-        try:
-            self._read_clock()
-        except LedgerUnavailable:
-            if self._shared.clock_offset_s is None:
-                raise
+        age_s = time.monotonic() - self._shared.clock_read_at
+        if not 0.0 <= age_s <= min(CLOCK_GOOD_S, self.calm_s):
+            try:
+                self._read_clock()
+            except LedgerUnavailable:
+                if self._shared.clock_offset_s is None:
+                    raise
         with self._shared.lock:
             offset_s = self._shared.clock_offset_s
         assert offset_s is not None  # read above, or by an earlier call

@@ -6,6 +6,8 @@ A part of `Ledger`; imports no client of its own.
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Iterable
 
 from weightsync.rendezvous.pushes import PushLedger
 from weightsync.telemetry import Span, spans_of
@@ -21,6 +23,8 @@ class Applied(JsonRecord):
     """Hexadecimal, of live memory before it served; one a rank, joined by `+`."""
     pause_seconds: float
     """From the request to pause until generation went on."""
+    copy_seconds: float = 0.0
+    """Of that, what the slowest rank's device copy took in a staged commit; 0 in place."""
     spans: tuple[Span, ...] = ()
     """Its pause, open, apply and resume."""
 
@@ -43,17 +47,18 @@ class HandshakeLedger(PushLedger):
         """A trainer rank has prepared its writes. False when the ledger does not know the push."""
         return self._add_to_push(push_id, f"ready:{rank}", "1")
 
-    def release_writers(self, push_id: str) -> bool:
-        """All receivers are open: the writers may begin. False when the ledger does not know the push."""
-        return self._add_to_push(push_id, "go", "1")
+    def release_writers(self, push_id: str, replicas: Iterable[str]) -> bool:
+        """These replicas are open: the writers may begin, with them only. False when the ledger does not know the push."""
+        return self._add_to_push(push_id, "go", json.dumps(sorted(replicas)))
 
     def ready(self, push_id: str) -> frozenset[int]:
         """Trainer ranks whose bytes are converted and whose writes are prepared."""
         return self._ranks_at(push_id, "ready:")
 
-    def released(self, push_id: str) -> bool:
-        """Whether writers may begin."""
-        return "go" in self._fields_of(push_id)
+    def released(self, push_id: str) -> frozenset[str] | None:
+        """The replicas into which writers may write; None while they may not begin."""
+        text = self._push_fields(push_id, ("go",))["go"]
+        return None if text is None else frozenset(json.loads(text))
 
     def report_applied(self, push_id: str, applied: Applied) -> bool:
         """A replica serves the push. False when the ledger does not know the push."""

@@ -20,6 +20,10 @@ PUSH_TTL_S = 86_400
 """A push's record outlives every reader of its decision, and then goes by itself."""
 
 
+DECISION_WAIT_S = 0.5
+"""Shorter than the socket's timeout; who waits longer asks again, and finds out when the ledger lost the push."""
+
+
 class PushLedger(LedgerConnection):
     """The part of the ledger that trainers and receivers of a push share."""
 
@@ -70,6 +74,7 @@ class PushLedger(LedgerConnection):
         plan_digests: Mapping[str, str],
         catch_up: bool = False,
         floor_version: int = 0,
+        verify: str = "full",
     ) -> PushRecord:
         """Open a push under a version of its own and make it current in `epoch`. The first trainer rank calls it.
 
@@ -84,6 +89,7 @@ class PushLedger(LedgerConnection):
             "writers": writers,
             "plan_digests": dict(plan_digests),
             "members": dict(members),
+            "verify": verify,
         }
         arguments = (epoch, sequence, timeout_s, int(catch_up), floor_version, json.dumps(constant), PUSH_TTL_S)
         outcome, *facts = self._run_witnessed("begin_push", scripts.BEGIN_PUSH, *arguments)
@@ -123,6 +129,16 @@ class PushLedger(LedgerConnection):
         if values["decision"] is None:
             return None
         return Verdict(decision=Decision(values["decision"]), reason=values["reason"] or "")
+
+    def await_decision(self, push_id: str, patience_s: float) -> Verdict | None:
+        """As `decision`, but one that is still OPEN is waited for, without polling, for at most DECISION_WAIT_S."""
+        key = Keys(self.session).decided(push_id)
+        block_ms = max(1, round(min(patience_s, DECISION_WAIT_S) * 1000))
+        told: Any = self._call("await decision", lambda client: client.xread({key: "0"}, count=1, block=block_ms))
+        if not told:
+            return self.decision(push_id)
+        [[_, [[_, entry]]]] = told if isinstance(told, list) else told.items()
+        return Verdict(decision=Decision(entry["decision"]), reason=entry["reason"])
 
     def decide(self, push_id: str, wanted: Decision, reason: str = "") -> Verdict:
         """End a push, once: the first decision stays, and this returns the one in force.

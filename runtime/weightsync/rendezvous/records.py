@@ -84,6 +84,8 @@ class PushRecord(JsonRecord):
     """Digest of the plan for each layout digest."""
     members: dict[str, str]
     """Incarnation of each replica that takes part."""
+    verify: str = "full"
+    """`transfer.verify` of the coordinator, which all sides follow: engines may still run under an older contract."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +106,10 @@ class WriterReport(JsonRecord):
     reason: str = ""
     bytes: int = 0
     """Payload bytes of the writes that ended well."""
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Why, for each replica that this rank could not write into while others went well."""
+    in_flight: tuple[str, ...] = ()
+    """Those of them towards which bytes may still move: the rank will not touch its arena before they end."""
     spans: tuple[Span, ...] = ()
     """Its plan, convert and wire, and the wire to each peer as NIXL measured it."""
     transports: tuple[str, ...] = ()
@@ -111,6 +117,7 @@ class WriterReport(JsonRecord):
     """See `weightsync.telemetry.Transports`."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "in_flight", tuple(self.in_flight))  # JSON has lists
         object.__setattr__(self, "spans", spans_of(self.spans))
         object.__setattr__(self, "transports", tuple(self.transports))
 

@@ -109,13 +109,20 @@ local function refusal()
   return nil
 end
 
+local function tell(decision, reason)
+  redis.call('HSET', key, 'decision', decision, 'reason', reason)
+  -- Whoever blocks on this stream wakes up; one that comes later finds the entry.
+  redis.call('XADD', key .. ':decided', '*', 'decision', decision, 'reason', reason)
+  redis.call('EXPIRE', key .. ':decided', ARGV[9])
+end
+
 local reason = refusal()
 if reason then
-  redis.call('HSET', key, 'decision', 'ABORT', 'reason', reason)
+  tell('ABORT', reason)
   redis.call('EXPIRE', key, ARGV[9])
   return {'ABORT', reason}
 end
-redis.call('HSET', key, 'decision', 'COMMIT', 'reason', '')
+tell('COMMIT', '')
 if push[6] == '0' then redis.call('HSET', head, 'version', push[4], 'version_epoch', push[3]) end
 return {'COMMIT', ''}
 """

@@ -2,10 +2,11 @@
 
 `python -m weightsync.vllm.offline` reads a `Job` as JSON from its standard input and leaves one file for each rank in the job's
 folder: `N.layout` (a TargetLayout) with `N.faults` (parameters that it leaves out, and why), or `N.error` when vLLM refuses the
-sizes or its loader cannot be followed at all. Each rank is
-a fork of its own: vLLM's parallel state, its rotary cache and its layer names are globals, and a process can be one rank only. The
-other ranks are torch's fake process group. The trace is of the classes that vLLM chooses on this machine's platform; the layout
-says which, and a live engine's own trace decides.
+sizes or its loader cannot be followed at all.
+
+Each rank is a fork of its own: vLLM's parallel state, its rotary cache and its layer names are globals, and a process can be one
+rank only. The other ranks are torch's fake process group. The trace is of the classes that vLLM chooses on this machine's platform;
+the layout says which, and a live engine's own trace decides.
 """
 
 from __future__ import annotations
@@ -16,48 +17,18 @@ import importlib
 import json
 import os
 import sys
-import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 from unittest import mock
 
 from weightsync.errors import WeightSyncError
-from weightsync.layout.records import SourceTensor, TargetLayout
+from weightsync.inspection.tracing import REFUSED, UNTRACEABLE, Job
+from weightsync.layout.records import TargetLayout
 
 DROPPED = ("q_scale", "k_scale", "v_scale", "prob_scale")
 """Parameters of attention's KV cache quantization: vLLM deletes them after loading, and no checkpoint here has them."""
-REFUSED = "refused"
-UNTRACEABLE = "untraceable"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
-    """Which ranks to trace, of what."""
-
-    model: str
-    """Folder with a config.json."""
-    tensor_parallel: int
-    data_parallel: int
-    expert_parallel: bool
-    redundant_experts: int
-    ranks: Sequence[int]
-    """Of tensor_parallel * data_parallel; rank = data-parallel rank * tensor_parallel + tensor-parallel rank."""
-    out: str
-    sources: Sequence[SourceTensor]
-    """The checkpoint's tensors in the dtypes that it has."""
-
-    @property
-    def world(self) -> int:
-        return self.tensor_parallel * self.data_parallel
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Raises ValueError, KeyError or TypeError for what `inspection.tracing` did not write."""
-        value = json.loads(text)
-        sources = [SourceTensor(s["name"], tuple(s["shape"]), s["dtype"]) for s in value.pop("sources")]
-        return cls(**value, sources=sources)
 
 
 def main() -> int:
@@ -67,14 +38,12 @@ def main() -> int:
     os.environ["WORLD_SIZE"] = str(job.world)
     _import_vllm()
     for rank in job.ranks:
-        started = time.perf_counter()
         child = os.fork()
         if child == 0:
             os._exit(_guarded(job, rank))
         _, status = os.waitpid(child, 0)
         if status:
             _leave_error(job, rank, REFUSED, f"vLLM's process ended with status {os.waitstatus_to_exitcode(status)}")
-        print(f"rank {rank} {time.perf_counter() - started:.2f} s", flush=True)
     return 0
 
 

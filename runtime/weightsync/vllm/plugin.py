@@ -17,6 +17,8 @@ import os
 import sys
 from typing import Any
 
+from weightsync.config import Contract
+
 BACKEND = "weightsync"
 """`--weight-transfer-config '{"backend": "weightsync"}'`"""
 WORKER_EXTENSION = "weightsync.vllm.worker.WorkerExtension"
@@ -31,6 +33,9 @@ def register() -> None:
 
     if current_platform.is_cpu():
         _keep_load_layout()
+    if "staging" not in _done and "WEIGHTSYNC_CONFIG" in os.environ and Contract.load().transfer.commit == "staged":
+        _stage_when_loaded()
+        _done.add("staging")
     if "backend" not in _done:
         _register_backend()
         _done.add("backend")
@@ -39,6 +44,23 @@ def register() -> None:
     if "extension" not in _done and hasattr(arguments, "EngineArgs"):
         _extend_workers(arguments.EngineArgs)  # type: ignore[union-attr]
         _done.add("extension")
+
+
+def _stage_when_loaded() -> None:
+    """Have each worker take its staging memory as the last step of loading: vLLM measures what is free only afterwards.
+
+    The worker extension has no part in loading, and its RPCs come when the KV cache has taken the memory (failure mode 52).
+    """
+    from vllm.v1.worker.gpu_worker import Worker  # the CPU's worker inherits `load_model`
+
+    load_model = Worker.load_model
+
+    def load_and_stage(self: Any, *, load_dummy_weights: bool = False) -> None:
+        load_model(self, load_dummy_weights=load_dummy_weights)
+        if hasattr(self, "weightsync_stage"):
+            self.weightsync_stage()
+
+    Worker.load_model = load_and_stage
 
 
 def _register_backend() -> None:

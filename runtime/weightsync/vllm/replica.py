@@ -11,6 +11,7 @@ import asyncio
 import dataclasses
 import json
 import logging
+import threading
 import time
 from typing import Any, Protocol
 
@@ -56,12 +57,19 @@ class View:
 
     @property
     def state(self) -> ReplicaState:
-        """The worst state of any rank: a replica commits, and is dirty, as a whole."""
+        """The worst state of any rank: a replica commits, and is dirty, as a whole; ranks of two versions are dirty together."""
         states = {ReplicaState(rank.state) for rank in self.ranks}
+        if len({(rank.epoch, rank.version) for rank in self.ranks}) > 1:
+            return ReplicaState.DIRTY
         for state in (ReplicaState.DIRTY, ReplicaState.OPEN, ReplicaState.VERIFIED):
             if state in states:
                 return state
         return ReplicaState.CLEAN
+
+    @property
+    def torn(self) -> bool:
+        """Whether the engine must not answer from what it holds, whatever push is under way."""
+        return self.state is ReplicaState.DIRTY or any(rank.torn for rank in self.ranks)
 
     @property
     def version(self) -> int:
@@ -81,9 +89,12 @@ class View:
             return self.fault or "starting: the engine's memory is not offered yet"
         if self.committed is None:
             return self.fault or "starting: the ledger was not read yet"
-        if self.state is ReplicaState.DIRTY:
+        if self.torn:
             return "; ".join(rank.reason for rank in self.ranks if rank.reason) or "weights are torn"
-        if self.committed - self.version > max_skew:
+        about_to_switch = (
+            self.state is ReplicaState.VERIFIED
+        )  # paused for the committed version: requests wait in the engine
+        if self.committed - self.version > max_skew and not about_to_switch:
             return f"holds version {self.version}, version {self.committed} is committed"
         return ""
 
@@ -101,6 +112,8 @@ class Replica:
         self._tasks: set[asyncio.Task[None]] = set()
         self._heartbeat = Heartbeat("replica", self._beat, interval_s=LEASE_S / 3)
         self._joined_at = 0.0
+        self._paused = False
+        self._view_lock = threading.Lock()
         self._metrics = ReplicaMetrics()
         self.view = View()
 
@@ -128,7 +141,7 @@ class Replica:
         self._spawn(self._join(), "weightsync-join")
 
     async def open(self, record: PushRecord) -> dict[str, Any]:
-        """Pause, offer memory to the writers of `record`, and see the push to its end in the background.
+        """Offer memory to the writers of `record`, paused unless they write into staging; then see the push to its end.
 
         Raises FencedOut when the push is not (or no longer) one to take, DeadlineExceeded when the engine would not pause.
         """
@@ -138,13 +151,16 @@ class Replica:
         await _within(self._busy.acquire(), deadline, "an earlier push is not over")
         try:
             watch = Stopwatch()
-            with watch.phase("pause"):
-                await self._pause(self._contract.transfer.pause_mode, deadline)
+            if not self._staged:
+                with watch.phase("pause"):
+                    await self._pause(deadline)
             with watch.phase("open"):
                 await self._rpc("weightsync_open", record.to_json())
         except BaseException as error:
-            await self._abort(record, f"not opened: {error}")  # some ranks may have opened
-            self._busy.release()
+            try:
+                await self._abort(record, f"not opened: {error}")  # some ranks may have opened
+            finally:
+                self._busy.release()
             raise
         self._current = record
         self._spawn(self._conclude(record, deadline, started, watch), f"weightsync-{record.push_id}")
@@ -154,8 +170,12 @@ class Replica:
         """Measure live memory again between pushes; a difference makes the replica DIRTY."""
         async with self._busy:
             await self._rpc("weightsync_verify")
-            if self.view.state is ReplicaState.DIRTY:
+            if self.view.torn:
                 await self._stop_serving()
+
+    @property
+    def _staged(self) -> bool:
+        return self._contract.transfer.commit == "staged"
 
     async def _supersede(self, record: PushRecord) -> None:
         """A newer epoch does not wait for the deadline of a push whose trainer is gone."""
@@ -168,7 +188,7 @@ class Replica:
         try:
             verdict = await self._await_verdict(record, deadline)
             if verdict.decision is Decision.COMMIT:
-                await self._commit(record, started, watch)
+                await self._commit(record, deadline, started, watch)
             else:
                 await self._abort(record, verdict.reason)
                 self._metrics.aborted()
@@ -178,35 +198,56 @@ class Replica:
             self._heartbeat.poke()
 
     async def _await_verdict(self, record: PushRecord, deadline: Deadline) -> Verdict:
-        """The ledger's decision. At the deadline this replica asks for ABORT itself; without a ledger it assumes it."""
+        """The ledger's decision. At the deadline this replica asks for ABORT itself.
+
+        Without a ledger a paused engine must assume it; one that serves from memory that nobody writes goes on asking.
+        """
         ledger = self._ledger.until(deadline.moment)
         while True:
             try:
                 if deadline.passed:
                     reason = f"{self.name}: no decision within {deadline.timeout_s:.1f} s"
                     return await asyncio.to_thread(ledger.decide, record.push_id, Decision.ABORT, reason)
-                verdict = await asyncio.to_thread(ledger.decision, record.push_id)
+                verdict = await asyncio.to_thread(ledger.await_decision, record.push_id, deadline.left_s)
                 if verdict is None:
                     reason = f"{self.name}: the ledger lost push {record.push_id}"
                     return await asyncio.to_thread(ledger.decide, record.push_id, Decision.ABORT, reason)
                 if verdict.decision is not Decision.OPEN:
                     return verdict
             except LedgerUnavailable as error:
-                if deadline.passed:
+                if deadline.passed and not self._staged:
                     return Verdict(decision=Decision.ABORT, reason=f"ledger lost: {error}")
             await asyncio.sleep(DECISION_POLL_S)
 
-    async def _commit(self, record: PushRecord, started: float, watch: Stopwatch) -> None:
-        with watch.phase("apply"):
-            await self._rpc("weightsync_commit", record.push_id)
+    async def _commit(self, record: PushRecord, deadline: Deadline, started: float, watch: Stopwatch) -> None:
+        """All ranks of this replica hold the version from here on, or none does: a quorum may have gone on without it."""
+        await self._rpc("weightsync_describe")
+        if not all(rank.state == ReplicaState.VERIFIED for rank in self.view.ranks):
+            told = "; ".join(f"rank {rank.rank} is {rank.state} {rank.reason}".strip() for rank in self.view.ranks)
+            await self._abort(record, f"it was committed without {self.name}: {told}")
+            return
+        if self._staged:
+            started = time.monotonic()
+            with watch.phase("pause"):
+                await self._pause_anyway(deadline)
+        try:
+            with watch.phase("apply"):
+                await self._rpc("weightsync_commit", record.push_id)
+        except WeightSyncError as error:  # ranks of two versions are DIRTY together
+            await self._abort(record, str(error))
+            return
         committed = max(self.view.committed or 0, record.version)
-        self.view = dataclasses.replace(self.view, committed=committed)
+        self._note(committed=committed)
+        if self.view.torn:
+            await self._stop_serving()
+            return
         with watch.phase("resume"):
-            await self._engine.resume_generation()
+            await self._resume()
         applied = Applied(
             replica=self.name,
             digest=self.view.digest,
             pause_seconds=time.monotonic() - started,
+            copy_seconds=max(rank.copy_seconds for rank in self.view.ranks),
             spans=watch.told(self._ledger.clock_of),
         )
         self._metrics.applied(applied)
@@ -220,20 +261,42 @@ class Replica:
 
     async def _abort(self, record: PushRecord, reason: str) -> None:
         await self._rpc("weightsync_abort", record.push_id, reason)
-        if self.view.state is ReplicaState.DIRTY:
+        if self.view.torn:
             await self._stop_serving()
         else:
-            await self._engine.resume_generation()
+            await self._resume()
 
     async def _stop_serving(self) -> None:
         """Until the next push repairs it: nothing runs, and what was queued for a new version is answered as aborted."""
         logger.error("torn weights, serving nothing until repaired: %s", self.refusal())
+        self._paused = True
         await self._engine.pause_generation(mode="abort", clear_cache=True)
 
-    async def _pause(self, mode: str, deadline: Deadline) -> None:
+    async def _pause(self, deadline: Deadline) -> None:
         """Wait until the engine is idle: the awaited pause synchronizes the device (vllm/v1/engine/core.py)."""
-        pausing = self._engine.pause_generation(mode=mode, clear_cache=True)
+        mode = self._contract.transfer.pause_mode
+        self._paused = True
+        pausing = self._engine.pause_generation(mode=mode, clear_cache=self._drops_cache)
         await _within(pausing, deadline, f"requests in flight did not end (pauseMode {mode})")
+
+    async def _pause_anyway(self, deadline: Deadline) -> None:
+        """Pause for a version that is committed already: requests that outlast the push's deadline are aborted."""
+        try:
+            await self._pause(deadline)
+        except DeadlineExceeded as error:
+            logger.warning("aborting them: %s", error)
+            await self._engine.pause_generation(mode="abort", clear_cache=self._drops_cache)
+
+    async def _resume(self) -> None:
+        """Go on, if a push has paused the engine and left it whole."""
+        if self._paused and not self.view.torn:
+            self._paused = False
+            await self._engine.resume_generation()
+
+    @property
+    def _drops_cache(self) -> bool:
+        """What was computed by weights that were torn is never kept."""
+        return self._contract.transfer.prefix_cache == "reset" or self.view.torn
 
     async def _join(self) -> None:
         while not self.view.ranks:
@@ -241,7 +304,7 @@ class Replica:
                 await self._rpc("weightsync_start", self.name)
             except WeightSyncError as error:
                 logger.error("cannot offer the engine's memory, trying again: %s", error)
-                self.view = dataclasses.replace(self.view, fault=f"starting: {error}")
+                self._note(fault=f"starting: {error}")
                 await asyncio.sleep(LEASE_S / 3)
         self._heartbeat.start()
 
@@ -249,7 +312,7 @@ class Replica:
         """Renew the membership, learn the committed version, tell the operator. On the heartbeat's thread."""
         ledger = self._ledger.until(time.monotonic() + LEASE_S / 3)
         self._joined_at = ledger.join(self._member(), LEASE_S).joined_at
-        self.view = dataclasses.replace(self.view, committed=ledger.head().version)
+        self._note(committed=ledger.head().version)
         refusal = self.refusal()
         ledger.publish_replica_status(
             ReplicaStatus(
@@ -286,7 +349,12 @@ class Replica:
         if refused:
             kind = FencedOut if refused[0]["error"] == FencedOut.__name__ else WeightSyncError
             raise kind(refused[0]["message"])
-        self.view = dataclasses.replace(self.view, ranks=tuple(Description(**answer) for answer in answers))
+        self._note(ranks=tuple(Description(**answer) for answer in answers))
+
+    def _note(self, **changes: Any) -> None:
+        """Change the view, from the event loop or the heartbeat's thread: neither may put back what the other replaced."""
+        with self._view_lock:
+            self.view = dataclasses.replace(self.view, **changes)
 
     def _spawn(self, work: Any, name: str) -> None:
         task = asyncio.get_running_loop().create_task(work, name=name)

@@ -22,7 +22,14 @@ from typing import Any, Self
 import torch
 from vllm.distributed.weight_transfer.base import TrainerWeightTransferEngine, VLLMWeightSyncClient, WeightSource
 
-from weightsync.errors import ConfigError, PlanError, PushAborted, RendezvousUnavailable, WeightSyncError
+from weightsync.errors import (
+    ConfigError,
+    PlanError,
+    PushAborted,
+    RendezvousUnavailable,
+    TransportError,
+    WeightSyncError,
+)
 from weightsync.layout.families import DENSE
 from weightsync.layout.shards import sources_of
 from weightsync.rendezvous.modelexpress import EngineDescriptor
@@ -173,7 +180,9 @@ class _Engines:
             try:
                 self._hear_all("open", update, record, deadline)
                 posted = True
-                self._writer.write(record, deadline)
+                written = self._writer.write(record, record.members.keys(), deadline, frozenset)
+                if written.failed:
+                    raise TransportError("; ".join(written.failed.values()))
                 self._hear_all("received", update, record, deadline)
                 for channel in self._channels:
                     channel.send({"commit": record.version}, deadline)

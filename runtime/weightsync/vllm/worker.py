@@ -27,6 +27,7 @@ from weightsync.receiver import Receiver
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.modelexpress import Rendezvous
 from weightsync.rendezvous.records import PushRecord
+from weightsync.staging import StagingArena
 
 logger = logging.getLogger(__name__)
 
@@ -46,19 +47,38 @@ class WorkerExtension:
     def _weightsync_offer(self, replica: str) -> Receiver:
         receiver = getattr(self, "_weightsync_receiver", None)
         if receiver is None:
-            receiver = self._weightsync_receiver = _make_receiver(self.model_runner.model, self.rank, replica)
+            receiver = self._weightsync_receiver = _make_receiver(
+                self.model_runner.model, self.rank, replica, getattr(self, "_weightsync_staging", None)
+            )
         return receiver
+
+    def weightsync_stage(self) -> None:
+        """Take the memory of staged pushes; called when the model is loaded, before the KV cache is sized.
+
+        Raises ConfigError with the numbers when it is more than the budget, or than there is: the engine does not start.
+        """
+        transfer = Contract.load().transfer
+        if transfer.staging == "none":
+            return
+        live = _live_parameters(self.model_runner.model)
+        self._weightsync_staging = StagingArena(
+            live, place=transfer.staging, budget_bytes=transfer.staging_budget_bytes
+        )
+
+    def weightsync_describe(self) -> str:
+        """State of this rank."""
+        return _guarded(lambda: self._weightsync_receiver.describe())
 
     def weightsync_verify(self) -> str:
         """Measure the live parameters again."""
         return _guarded(lambda: self._weightsync_receiver.verify())
 
     def weightsync_open(self, record: str) -> str:
-        """Offer memory to the writers of a push; the engine must be paused."""
+        """Offer memory to the writers of a push; the engine must be paused unless it stages."""
         return _guarded(lambda: self._weightsync_receiver.open(PushRecord.from_json(record)))
 
     def weightsync_commit(self, push_id: str) -> str:
-        """The push is committed."""
+        """The push is committed; the engine must be paused."""
         return _guarded(lambda: self._weightsync_receiver.commit(push_id))
 
     def weightsync_abort(self, push_id: str, reason: str) -> str:
@@ -90,11 +110,20 @@ def _guarded(call: Any) -> str:
         return json.dumps({"error": type(error).__name__, "message": str(error)})
 
 
-def _make_receiver(model: torch.nn.Module, rank: int, replica: str) -> Receiver:
+def _live_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.data for name, parameter in model.named_parameters()}
+
+
+def _make_receiver(model: torch.nn.Module, rank: int, replica: str, staging: StagingArena | None) -> Receiver:
     contract, facts = Contract.load(), PodFacts.load()
+    if (contract.transfer.commit == "staged") != (staging is not None):
+        raise ConfigError(
+            f"transfer.commit is {contract.transfer.commit}, but staging was {'not ' if staging is None else ''}taken when the "
+            "model was loaded: start the engine with VLLM_PLUGINS naming weightsync"
+        )
     ledger = Ledger.from_contract(contract)
     rendezvous = Rendezvous.from_contract(contract)
-    params = {name: parameter.data for name, parameter in model.named_parameters()}
+    params = _live_parameters(model)
     layout = trace_model(model, checkpoint_sources(contract.model.path))
     check_load_format(params, layout, contract.model.path)
     return Receiver(
@@ -106,7 +135,18 @@ def _make_receiver(model: torch.nn.Module, rank: int, replica: str) -> Receiver:
         layout=layout,
         ledger=ledger,
         rendezvous=rendezvous,
+        staging=staging,
+        refresh=lambda: refresh_derived(model),
     )
+
+
+@torch.no_grad()
+def refresh_derived(model: torch.nn.Module) -> None:
+    """Compute anew what multi-head latent attention keeps of `kv_b_proj` (W_UV, W_UK_T); vLLM copies it into the old tensors."""
+    for module in model.modules():
+        if hasattr(module, "W_UV") or hasattr(module, "W_UK_T"):
+            kept: Any = module
+            kept.process_weights_after_loading(next(model.parameters()).dtype)
 
 
 def trace_model(

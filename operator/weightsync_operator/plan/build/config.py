@@ -14,7 +14,7 @@ from weightsync_operator.plan.build.context import INFERENCE_PORT, MODEL_EXPRESS
 from weightsync_operator.plan.build.pod import SECRETS_FOLDER
 from weightsync_operator.plan.hashing import digest
 
-CONTRACT_VERSION = "1.0"
+CONTRACT_VERSION = "1.1"
 
 
 def contract(ctx: Context) -> dict[str, Any]:
@@ -43,6 +43,11 @@ def contract(ctx: Context) -> dict[str, Any]:
         "transfer": {
             "format": transfer.format,
             "commit": transfer.commit,
+            "staging": transfer.staging,
+            "stagingBudgetBytes": None if transfer.staging_budget_gib is None else transfer.staging_budget_gib << 30,
+            "quorum": transfer.quorum,
+            "verify": transfer.verify,
+            "prefixCache": transfer.prefix_cache,
             "pauseMode": transfer.pause_mode,
             "timeoutSeconds": transfer.timeout_seconds,
             "maxVersionSkew": transfer.max_version_skew,

@@ -1,0 +1,221 @@
+"""A push as its coordinator runs it, with a ledger that is real and replicas that are a port each: who is dropped, and when."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Set
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.dataplane.ledger_makers import member
+from weightsync.config import (
+    Contract,
+    EndpointSection,
+    FabricSection,
+    ModelExpressSection,
+    ModelSection,
+    RedisSection,
+    TransferSection,
+)
+from weightsync.coordinator import Coordinator
+from weightsync.errors import PushAborted
+from weightsync.rendezvous.handshake import Applied
+from weightsync.rendezvous.ledger import Ledger
+from weightsync.rendezvous.records import PushRecord, Vote
+from weightsync.waiting import Deadline
+from weightsync.wire import Decision
+from weightsync.writer import Written
+
+NAMES = ("engine-0", "engine-1", "engine-2")
+
+
+class Replica:
+    """A port that opens pushes and votes at once, or does what `behaviour` says: refuse, hang, no vote, votes no."""
+
+    def __init__(self, name: str, ledger: Ledger) -> None:
+        self.name, self.behaviour = name, ""
+        self.released = threading.Event()
+        replica = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                record = PushRecord.from_json(self.rfile.read(int(self.headers["content-length"])))
+                if replica.behaviour == "hang":
+                    replica.released.wait(30)
+                self.send_response(409 if replica.behaviour == "refuse" else 200)
+                body = b'{"error": {"message": "not me"}}'
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+                if replica.behaviour in ("", "votes no"):
+                    ok = not replica.behaviour
+                    ledger.vote(
+                        record.push_id,
+                        Vote(replica=name, rank=0, ok=ok, reason="" if ok else "other bytes", digest="2a"),
+                    )
+                    ledger.report_applied(record.push_id, Applied(replica=name, digest="2a", pause_seconds=0.1))
+
+            def log_message(self, format: str, *args: object) -> None: ...
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def close(self) -> None:
+        self.released.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class Writer:
+    """Notes what it is asked, and into which replicas it was let."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.wrote_into: list[list[str]] = []
+        self.fails: dict[str, str] = {}
+
+    def learn(self, *_: Any, **__: Any) -> dict[str, str]:
+        return {"layout": "plan"}
+
+    def fill(self) -> None:
+        self.calls.append("fill")
+
+    def measure(self, record: PushRecord) -> None:
+        self.calls.append("measure")
+
+    def wire_spans(self, *_: Any) -> list[Any]:
+        return []
+
+    def convert_and_write(self, *arguments: Any) -> Written:
+        self.calls.append("convert and")
+        return self.write(*arguments)
+
+    def write(self, record: PushRecord, replicas: Set[str], deadline: Deadline, lost: Any) -> Written:
+        self.calls.append("write")
+        self.wrote_into.append(sorted(replicas))
+        return Written(bytes=1, failed=self.fails, in_flight=tuple(self.fails))
+
+
+class Fleet:
+    """Three replicas, and a coordinator for each test's contract."""
+
+    def __init__(self, open_ledger: Callable[..., Ledger], folder: Path) -> None:
+        self.ledger, self.writer = open_ledger(), Writer()
+        self.replicas = {name: Replica(name, open_ledger()) for name in NAMES}
+        self._token = folder / "token"
+        self._token.write_text("t")
+        self.epoch = self.ledger.open_epoch()
+        self.ledger.hold_writer_lease(self.epoch, 0, 60)
+        for name, replica in self.replicas.items():
+            self.ledger.join(member(name, url=replica.url), 60)
+        self._made: list[Coordinator] = []
+
+    def push(self, **transfer: Any) -> Any:
+        contract = Contract(
+            session="s1",
+            name="test",
+            model=ModelSection(path="/none"),
+            redis=RedisSection(host="127.0.0.1"),
+            model_express=ModelExpressSection(address="none:1"),
+            endpoint=EndpointSection(token_file=str(self._token)),
+            fabric=FabricSection(profile="tcp", transports=("tcp",)),
+            transfer=TransferSection(**{"timeout_seconds": 6.0, **transfer}),
+        )
+        writer: Any = self.writer
+        self._made.append(
+            Coordinator(contract=contract, epoch=self.epoch, world_size=1, ledger=self.ledger, writer=writer)
+        )
+        return self._made[-1].push(step=1, sequence=len(self._made))
+
+    @property
+    def last(self) -> Coordinator:
+        return self._made[-1]
+
+    def close(self) -> None:
+        for replica in self.replicas.values():
+            replica.close()
+        for coordinator in self._made:
+            coordinator.close()
+
+
+@pytest.fixture
+def fleet(open_ledger: Callable[..., Ledger], tmp_path: Path) -> Iterator[Fleet]:
+    made = Fleet(open_ledger, tmp_path)
+    yield made
+    made.close()
+
+
+def test_all_take_part_by_default(fleet: Fleet) -> None:
+    summary = fleet.push()
+    assert (summary.outcome, summary.replicas, summary.dropped) == (Decision.COMMIT, list(NAMES), {})
+    assert fleet.writer.wrote_into == [list(NAMES)]
+
+
+def test_staged_pushes_convert_while_bytes_travel_and_catch_ups_send_what_is_there(fleet: Fleet) -> None:
+    """In place an engine is paused from the first byte on, and a tensor that is not finite must be found before it."""
+    fleet.push()
+    assert fleet.writer.calls == ["fill", "measure", "write"]
+    fleet.writer.calls.clear()
+    summary = fleet.push(commit="staged", staging="device")
+    assert fleet.writer.calls == ["convert and", "write"]
+    fleet.writer.calls.clear()
+    caught_up = fleet.last.catch_up(version=summary.version, sequence=3, step=1)
+    assert caught_up is not None
+    assert fleet.writer.calls == ["measure", "write"]
+
+
+@pytest.mark.failure_mode(12)
+@pytest.mark.failure_mode(22)
+@pytest.mark.parametrize(
+    ("behaviour", "why"),
+    [
+        ("refuse", "did not open: not me"),
+        ("hang", "had not opened after 3.0 s"),
+        ("no vote", "had not voted after 3.0 s"),
+        ("votes no", "voted no: rank 0: other bytes"),
+    ],
+)
+def test_a_quorum_goes_on_without_one_and_nobody_writes_into_who_has_not_opened(
+    fleet: Fleet, behaviour: str, why: str
+) -> None:
+    """Without the names in `release_writers` the writers would write into a replica that has not paused."""
+    fleet.replicas["engine-1"].behaviour = behaviour
+    started = time.monotonic()
+    summary = fleet.push(quorum=2)
+    assert time.monotonic() - started < 6
+    assert (summary.outcome, summary.replicas) == (Decision.COMMIT, ["engine-0", "engine-2"])
+    assert summary.dropped.keys() == {"engine-1"}
+    assert summary.dropped["engine-1"][:20] == why[:20]
+    opened = list(NAMES) if behaviour in ("no vote", "votes no") else ["engine-0", "engine-2"]
+    assert fleet.writer.wrote_into == [opened]
+    assert fleet.ledger.head().version == summary.version
+
+
+def test_a_replica_that_no_writer_reached_is_dropped(fleet: Fleet) -> None:
+    fleet.writer.fails = {"engine-2": "was lost while rank 0 wrote"}
+    summary = fleet.push(quorum=2)
+    assert (summary.replicas, summary.dropped) == (["engine-0", "engine-1"], fleet.writer.fails)
+    (report,) = fleet.ledger.writer_reports(summary.push_id).values()
+    assert report.in_flight == ("engine-2",)
+
+
+@pytest.mark.failure_mode(13)
+@pytest.mark.parametrize(("quorum", "needed"), [(None, 3), (3, 3), (2, 2)])
+def test_below_the_quorum_the_push_is_aborted(fleet: Fleet, quorum: int | None, needed: int) -> None:
+    fleet.replicas["engine-1"].behaviour = "votes no"
+    if needed == 2:
+        fleet.replicas["engine-0"].behaviour = "refuse"
+    with pytest.raises(PushAborted, match=f"of 3 replicas are left, {needed} are needed"):
+        fleet.push(quorum=quorum)
+    assert (fleet.ledger.head().version, fleet.ledger.pushes()[0].outcome) == (0, Decision.ABORT)
+
+
+def test_a_push_waits_for_as_many_members_as_the_quorum_needs(fleet: Fleet) -> None:
+    with pytest.raises(PushAborted, match="not 4 of the session's engines are alive"):
+        fleet.push(quorum=4, timeout_seconds=1.0)
+    assert fleet.writer.wrote_into == []
