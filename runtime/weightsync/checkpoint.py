@@ -19,7 +19,7 @@ from weightsync.layout.shards import LocalSources, sources_of
 
 
 def sources_of_checkpoint(folder: Path) -> LocalSources:
-    """One rank that holds every tensor of a checkpoint whole.
+    """One rank that holds every tensor of a checkpoint whole, in the dtype that it is stored in.
 
     Raises ConfigError when the folder holds no safetensors file, or a tensor that nothing is converted from (FP8, integers).
     """
@@ -28,7 +28,7 @@ def sources_of_checkpoint(folder: Path) -> LocalSources:
         raise ConfigError(
             f"{folder} has no safetensors file: give the folder of a checkpoint, as save_pretrained writes it"
         )
-    return sources_of(_tensors(files), DENSE)
+    return sources_of(_tensors(files), DENSE, dtype=None)
 
 
 def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:

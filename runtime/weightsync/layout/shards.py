@@ -89,24 +89,25 @@ def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield _unwrapped(name), buffer
 
 
-def sources_of(named: Iterable[tuple[str, Tensor]], family: Family, *, dtype: str = "bfloat16") -> LocalSources:
+def sources_of(named: Iterable[tuple[str, Tensor]], family: Family, *, dtype: str | None = "bfloat16") -> LocalSources:
     """Describe this rank's part of `named_tensors` in the checkpoint's names, shapes and dtypes.
 
     `dtype` is the checkpoint's, but for what the family keeps in fp32; elements are rounded to it before they are sent, whatever
-    the dtype of the trainer's masters. Raises UnsupportedLayout naming the tensor whose placement, strides or shard size are not
-    understood, or the checkpoint name that two tensors claim.
+    the dtype of the trainer's masters. None: each tensor is stored as it is. Raises UnsupportedLayout naming the tensor whose
+    placement, strides or shard size are not understood, or the checkpoint name that two tensors claim.
     """
     tensors: dict[str, SourceTensor] = {}
     pieces: list[LocalPiece] = []
     used = 0
     for module_name, tensor in named:
         parts = family.parts(module_name, tuple(tensor.shape))
+        stored = str(tensor.dtype).removeprefix("torch.") if dtype is None else dtype
         for name, shape, _ in parts:
             if name in tensors:
                 raise UnsupportedLayout(
                     f"{module_name} and another parameter both hold {name}: if they are tied, omit one"
                 )
-            tensors[name] = SourceTensor(name, shape, family.dtype(name, dtype))
+            tensors[name] = SourceTensor(name, shape, family.dtype(name, stored))
         for name, start, run in _split(_held(module_name, tensor) if parts else [], parts):
             pieces.append(LocalPiece(name, start, start + run.length, used, tensor, run.local_start))
             used += run.length
