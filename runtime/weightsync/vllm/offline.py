@@ -33,11 +33,14 @@ DROPPED = ("q_scale", "k_scale", "v_scale", "prob_scale")
 
 def main() -> int:
     """Trace every rank of the job; a rank that fails leaves its reason and does not stop the others."""
+    asker = os.getppid()
     job = Job.from_json(sys.stdin.read())
     os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     os.environ["WORLD_SIZE"] = str(job.world)
     _import_vllm()
     for rank in job.ranks:
+        if os.getppid() != asker:
+            return 1  # nobody is left to read what the other ranks want
         child = os.fork()
         if child == 0:
             os._exit(_guarded(job, rank))
