@@ -7,11 +7,13 @@ Real Redis, ModelExpress, NIXL and `vllm serve`; the commands run in this proces
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -57,12 +59,14 @@ class Session:
             self.folder,
             name,
             self.fleet.model,
-            *("--max-model-len", str(POSITIONS), "--block-size", "32", "--enable-prefix-caching", *arguments),
+            *("--max-model-len", str(POSITIONS), "--block-size", "32", "--enable-prefix-caching", "--enable-scale-out"),
+            *arguments,
             port=port,
             WEIGHTSYNC_CONFIG=str(config),
             POD_NAME=name,
             VLLM_SERVER_DEV_MODE="1",
         )
+        engine.http.timeout = httpx.Timeout(300)  # thousands of tokens in one answer
         self.engines.append(engine)
         self.fleet.processes.append(engine)
         return engine
@@ -174,6 +178,13 @@ def test_after_a_push_engines_answer_as_a_fresh_one_on_that_checkpoint(
     assert {finding["digest"] for finding in json.loads(capsys.readouterr().out)} == {report["digest"]}
 
 
+def is_generating(engine: Engine) -> bool:
+    """Whether a request has been scheduled."""
+    found = re.search(r"^vllm:num_requests_running\S* (\S+)$", engine.http.get("/metrics").text, flags=re.MULTILINE)
+    assert found is not None
+    return float(found[1]) > 0
+
+
 def stream(engine: Engine, tokens: int, started: threading.Event) -> dict[str, Any]:
     """A streamed answer: its header, and the comment that precedes its end."""
     body = {
@@ -211,15 +222,20 @@ def test_an_answer_across_a_push_names_its_span_where_requests_are_kept(session:
     def ask(engine: Engine) -> None:
         plain[engine.name] = engine.complete(PROMPTS[1], LONG[engine.name]).headers["x-weight-version"]
 
-    started = [threading.Event() for _ in session.engines]
-    threads = [threading.Thread(target=ask_stream, args=pair) for pair in zip(session.engines, started, strict=True)]
-    threads += [threading.Thread(target=ask, args=(engine,)) for engine in session.engines]
+    threads = [threading.Thread(target=ask, args=(engine,)) for engine in session.engines]
     for thread in threads:
         thread.start()
+    for engine in session.engines:
+        until(f"{engine.name} generates", lambda engine=engine: is_generating(engine), 60)
+    started = [threading.Event() for _ in session.engines]
+    streaming = [threading.Thread(target=ask_stream, args=pair) for pair in zip(session.engines, started, strict=True)]
+    for thread in streaming:
+        thread.start()
+    threads += streaming
     assert all(event.wait(60) for event in started)
     assert session.push(checkpoint) == 0
     for thread in threads:
-        thread.join(120)
+        thread.join(300)
     assert plain == {"engine-0": "1", "engine-1": "1-2"}
     assert streams["engine-0"] == {"header": "1", "comment": "", "done": True}
     assert streams["engine-1"] == {"header": "1", "comment": ": weight-version 1-2", "done": True}
