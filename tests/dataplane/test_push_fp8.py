@@ -70,7 +70,9 @@ def test_an_engine_holds_what_it_would_have_loaded(fleet: Fleet, tmp_path: Path)
     assert found.keys() == wanted.keys() == loaded.keys()
     assert sum(name.endswith("scale_inv") for name in found) >= 8
     assert [name for name in found if not torch.equal(found[name], wanted[name])] == []
-    unchanged = [name for name in found if torch.equal(found[name], loaded[name])]
+    # Weights change by some percent, which moves few powers of two to the next: their scales prove nothing here.
+    coarse = "scale_inv" if fleet.contract.transfer.format != "auto" else "(none)"
+    unchanged = [name for name in found if torch.equal(found[name], loaded[name]) and not name.endswith(coarse)]
     assert len(unchanged) <= 1, unchanged  # of two steps' factors one pair nearly cancels
     assert live.verify()["digest"] == report["digest"]
 
