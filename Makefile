@@ -25,7 +25,7 @@ lint: .venv/all ## style, types, import contracts
 	.venv/bin/lint-imports --no-cache | tail -n 8
 	.venv/bin/pyright
 
-docs: .venv/all ## write the CRD and docs/api.md from the operator's models
+docs: .venv/all ## write what is made from code: the CRD, docs/api.md, failure-modes.md, layouts.md
 	$(PYTHON) -m weightsync_operator.api --crd > charts/weightsync/files/crd.yaml
 	$(PYTHON) -m weightsync_operator.api --docs > docs/api.md
 	$(PYTHON) -m tests.failure_modes

@@ -16,13 +16,19 @@ RESULTS = Path(__file__).with_name("results")
 def about() -> dict[str, Any]:
     """Of this process, for the head of its report."""
     return {
-        "command": " ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "command": _command(),
         "commit": _commit(),
         "device": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "load_before": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
     }
+
+
+def _command() -> str:
+    """As typed, but for the folder of `--out`, which is a place on one machine."""
+    words = [Path(sys.executable).name, *sys.orig_argv[1:]]
+    return " ".join("DIR" if before == "--out" else word for before, word in zip(["", *words], words, strict=False))
 
 
 def save(name: str, report: dict[str, Any], folder: Path) -> Path:

@@ -11,11 +11,7 @@ Needs CUDA, Triton and NIXL. `--quick` checks that all of it runs, on few layers
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +19,8 @@ from typing import Any
 import torch
 import triton
 
+from bench.about import about as about_host
+from bench.about import save
 from bench.gpu_push import UCX_TLS, Case, naive_fp8, pushes
 from bench.shapes import EXPERT_SHAPES, LAYERS, MATRICES, Engine
 from weightsync.conversion import fp8
@@ -53,7 +51,7 @@ def main() -> None:
         print(f"== {case.what}", flush=True)
         report["push"] += pushes(case, copy_gbps=copy_gbps, group_bytes=options.group_bytes)
         torch.cuda.empty_cache()
-        _write(report, options.out, "gpu2.json" if options.two_gpus else "gpu.json")
+        save("gpu2" if options.two_gpus else "gpu", report, options.out)
     show(report)
 
 
@@ -87,22 +85,11 @@ def cases(*, two_gpus: bool, quick: bool) -> list[Case]:
     ]
 
 
-def _write(report: dict[str, Any], folder: Path, name: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text(json.dumps(report, indent=1) + "\n")
-
-
 def about() -> Row:
-    """What ran, where."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "commit": os.environ.get("WEIGHTSYNC_COMMIT", commit),
-        "command": " ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
-    }
+    """What ran, where; on a machine without the repository's history WEIGHTSYNC_COMMIT says the commit."""
+    versions = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    commit = os.environ.get("WEIGHTSYNC_COMMIT")
+    return {**about_host(), **versions, **({} if commit is None else {"commit": commit})}
 
 
 def seconds(run: Callable[[], object], runs: int = RUNS) -> float:

@@ -30,6 +30,8 @@ FABRIC_GBPS = 400.0
 RESULTS = ROOT / "bench" / "results" / "inspect_matrix.json"
 PAGE = ROOT / "docs" / "inspect.md"
 BEGIN, END = "<!-- made by bench/inspect_matrix.py -->\n", "<!-- end -->\n"
+COMMAND = "python -m bench.inspect_matrix --ranks 2 --models MODEL --engines ENGINE --formats FORMAT"
+"""Cells are run a few at a time; each says its commit."""
 KEY = ("model", "engine", "format", "trainer")
 
 
@@ -77,6 +79,7 @@ def row(found: Inspection, trace_s: float, plan_s: float) -> dict[str, Any]:
         "format": found.format,
         "trace_s": round(trace_s, 1),
         "plan_s": round(plan_s, 1),
+        "commit": about()["commit"],
     }
     figures = found.figures
     if figures is None:
@@ -117,7 +120,9 @@ def stored() -> list[dict[str, Any]]:
 
 def write(cells: Sequence[dict[str, Any]]) -> None:
     """The results, and the table made from them."""
-    save(RESULTS.stem, {**about(), "fabric_gbps": FABRIC_GBPS, "cells": list(cells)}, RESULTS.parent)
+    machine = {name: value for name, value in about().items() if name not in ("command", "commit")}
+    report = {"about": machine, "command": COMMAND, "fabric_gbps": FABRIC_GBPS, "cells": list(cells)}
+    save(RESULTS.stem, report, RESULTS.parent)
     before, _, rest = PAGE.read_text().partition(BEGIN)
     after = rest.partition(END)[2]
     PAGE.write_text(before + BEGIN + "\n" + table(cells) + "\n" + END + after)

@@ -37,9 +37,9 @@ def _stand_alone() -> None:
     import torch.distributed as dist
 
     from weightsync.vllm.plugin import register
-    from weightsync.vllm.serve import _name_the_distribution
+    from weightsync.vllm.serve import name_the_distribution
 
-    _name_the_distribution()
+    name_the_distribution()
     register()
     import vllm.distributed.device_communicators.cpu_communicator as communicators
     import vllm.distributed.device_communicators.shm_broadcast as broadcast

@@ -23,7 +23,8 @@ from tests.fixtures.fleet import Engine, Fleet, until
 from tests.fixtures.models import make_tiny_qwen3_moe, make_tiny_qwen3_moe_of_blocks, quantize_checkpoint
 from tests.fixtures.plain_engine import start_plain_engine
 from tests.fixtures.servers import free_port, make_modelexpress_server, make_redis_server
-from weightsync.commands import push, verify
+from weightsync.cli import main
+from weightsync.commands import push
 from weightsync.config import Contract
 from weightsync.errors import ConfigError
 
@@ -32,6 +33,13 @@ POSITIONS = 4096
 LONG = {"engine-0": 450, "engine-1": 2000}
 """Tokens of an answer that a push comes into; where requests are kept, so many that it ends long after a push of 2 s."""
 PROMPTS = [list(range(1, 41)), [9, 8, 7]]
+
+
+def status_of(*arguments: str) -> int:
+    """Exit status of `weightsync ...`, run in this process."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    return int(ended.value.code or 0)
 
 
 class Session:
@@ -72,10 +80,10 @@ class Session:
         return engine
 
     def push(self, checkpoint: Path, *arguments: str) -> int:
-        return push.main([str(checkpoint), "--config", str(self.config), *arguments])
+        return status_of("push", str(checkpoint), "--config", str(self.config), *arguments)
 
     def verify(self, *arguments: str) -> int:
-        return verify.main(["--config", str(self.config), *arguments])
+        return status_of("verify", "--config", str(self.config), *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +276,7 @@ def test_verify_names_an_engine_whose_memory_differs_and_it_stops_serving(
     assert ok.startswith("ok       engine-1: holds version 3, digest ")
     assert (damaged.complete(PROMPTS[1]).status_code, whole.complete(PROMPTS[1]).status_code) == (503, 200)
     assert session.verify("--replica", "engine-1") == 0
-    assert session.verify("--replica", "engine-9") == 1
+    assert session.verify("--replica", "engine-9") == 2
     assert "has no engine engine-9" in capsys.readouterr().err
     assert session.push(session.fleet.model, "--take-over") == 0
     assert damaged.complete(PROMPTS[1]).status_code == 200

@@ -19,7 +19,7 @@ import click
 
 from weightsync.checkpoint import sources_of_checkpoint
 from weightsync.config import Contract, PodFacts
-from weightsync.errors import DeadlineExceeded, FencedOut, LedgerUnavailable, WeightSyncError
+from weightsync.errors import DeadlineExceeded, FencedOut, LedgerUnavailable
 from weightsync.publisher import Publisher, PushReport
 from weightsync.rendezvous.heartbeat import LEASE_TTL_S
 from weightsync.rendezvous.ledger import Ledger
@@ -54,19 +54,14 @@ def push(checkpoint: Path, *, contract: Contract, step: int = 0, take_over: bool
 
 def run(
     checkpoint: Path, *, config: Path | None = None, step: int = 0, take_over: bool = False, as_json: bool = False
-) -> int:
-    """The command: progress on standard error, the report on standard output. Returns the exit status, 1 after an error.
+) -> None:
+    """The command: progress on standard error, the report on standard output.
 
-    `config` is the session's contract; without it the one that WEIGHTSYNC_CONFIG names.
+    `config` is the session's contract; without it the one that WEIGHTSYNC_CONFIG names. Raises what `push` raises.
     """
-    try:
-        contract = Contract.load() if config is None else Contract.load({"WEIGHTSYNC_CONFIG": str(config)})
-        report = push(checkpoint, contract=contract, step=step, take_over=take_over, tell=_to_stderr)
-    except WeightSyncError as error:
-        print(f"weightsync push: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    contract = Contract.load() if config is None else Contract.load({"WEIGHTSYNC_CONFIG": str(config)})
+    report = push(checkpoint, contract=contract, step=step, take_over=take_over, tell=_to_stderr)
     print(json.dumps(dataclasses.asdict(report)) if as_json else table(report))
-    return 0
 
 
 def table(report: PushReport) -> str:
@@ -91,7 +86,7 @@ of the session lives.
 Example:
   weightsync push ./SmolLM2-135M-Instruct --config contract.json
 
-Exit codes: 0 every engine serves it; 1 it was not pushed, and the error says why.
+Exit codes: 0 every engine serves it; 1 it was not pushed, and the error says why; 2 the question is wrong.
 """
 
 
@@ -102,7 +97,7 @@ Exit codes: 0 every engine serves it; 1 it was not pushed, and the error says wh
 @click.option("--take-over", is_flag=True, help="Push although a trainer lives, which is then refused for good.")
 @click.option("--json", "as_json", is_flag=True, help="The report as one JSON object.")
 def command(**options: Any) -> None:
-    sys.exit(run(**options))
+    run(**options)
 
 
 def _push_and_tell(publisher: Publisher, step: int, ledger: Ledger, tell: Tell) -> PushReport:
@@ -163,6 +158,3 @@ def _stage(ledger: Ledger, epoch: int) -> str:
 def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
-
-if __name__ == "__main__":
-    command()

@@ -16,7 +16,7 @@ import click
 import httpx
 
 from weightsync.config import Contract
-from weightsync.errors import ConfigError, WeightSyncError
+from weightsync.errors import ConfigError
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.records import Head, Member
 from weightsync.verify import to_hex
@@ -58,16 +58,12 @@ def verify(contract: Contract, *, replica: str | None = None) -> list[Finding]:
 
 
 def run(*, config: Path | None = None, replica: str | None = None, as_json: bool = False) -> int:
-    """The command: a line an engine on standard output. Returns the exit status, 1 when an engine differs or after an error.
+    """The command: a line an engine on standard output. Returns the exit status, 1 when an engine differs.
 
-    `config` is the session's contract; without it the one that WEIGHTSYNC_CONFIG names.
+    `config` is the session's contract; without it the one that WEIGHTSYNC_CONFIG names. Raises what `verify` raises.
     """
-    try:
-        contract = Contract.load() if config is None else Contract.load({"WEIGHTSYNC_CONFIG": str(config)})
-        findings = verify(contract, replica=replica)
-    except WeightSyncError as error:
-        print(f"weightsync verify: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    contract = Contract.load() if config is None else Contract.load({"WEIGHTSYNC_CONFIG": str(config)})
+    findings = verify(contract, replica=replica)
     if as_json:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings]))
     else:
@@ -85,7 +81,7 @@ An engine whose memory differs stops serving by itself, until the next push repa
 Example:
   weightsync verify --config contract.json
 
-Exit codes: 0 every engine holds the committed version; 1 one does not, or could not be asked.
+Exit codes: 0 every engine holds the committed version; 1 one does not, or could not be asked; 2 the question is wrong.
 """
 
 
@@ -130,6 +126,3 @@ def _ask(http: httpx.Client, member: Member, head: Head, committed: str | None) 
         fault = f"version {head.version} was committed with digest {committed}, its memory holds {digest}"
     return Finding(replica=member.replica, version=state["version"], digest=digest, fault=fault)
 
-
-if __name__ == "__main__":
-    command()

@@ -52,9 +52,9 @@ def main() -> int:
 
 def _import_vllm() -> None:
     """All that ranks share, before the first fork."""
-    from weightsync.vllm.serve import _name_the_distribution
+    from weightsync.vllm.serve import name_the_distribution
 
-    _name_the_distribution()
+    name_the_distribution()
     for name in (
         "vllm.config",
         "vllm.distributed",

@@ -17,7 +17,7 @@ PROBES = "/weightsync/v1/ready,/weightsync/v1/live,/health,/metrics"
 
 def main() -> None:
     """Serve until ended; exits with vLLM's own status."""
-    _name_the_distribution()
+    name_the_distribution()
     _seed_cache()
     from vllm.entrypoints.cli.main import main as vllm_main
 
@@ -25,7 +25,7 @@ def main() -> None:
     vllm_main()
 
 
-def _name_the_distribution() -> None:
+def name_the_distribution() -> None:
     """Answer for `vllm` what vLLM itself assumes of its CPU build (vllm/platforms/__init__.py)."""
     try:
         importlib.metadata.version("vllm")
