@@ -205,6 +205,7 @@ class _TrainerProcess:
                     pipe.send(self._writer.write(record, record.members.keys(), Deadline(TIMEOUT_S), frozenset).bytes)
                 case ("convert_and_write", record):
                     everyone = record.members.keys()
+                    self._writer.begin()
                     pipe.send(self._writer.convert_and_write(record, everyone, Deadline(TIMEOUT_S), frozenset).bytes)
                 case ("naive",):
                     pipe.send(self._naive())

@@ -118,12 +118,12 @@ class Coordinator:
                 floor_version=catch_up or max(member.version for member in members.values()),
                 verify=self._contract.transfer.verify,
             )
+        votes: dict[tuple[str, int], Vote] = {}
         try:
             votes = self._carry_out(record, participants, deadline, phases)
             verdict = self._ledger.decide(record.push_id, Decision.COMMIT)
-        except WeightSyncError as error:
+        except WeightSyncError as error:  # the verdict may be COMMIT all the same, where only its answer was lost
             verdict = self._decide_abort(record, error)
-            votes = {}
             if isinstance(error, ConversionError):  # no later attempt sends these weights
                 with suppress(PushAborted):
                     self._account(record, verdict, participants, votes, phases, started, deadline)
@@ -187,6 +187,7 @@ class Coordinator:
             participants.drop({name: f"did not open: {why}" for name, why in refused.items()})
             opened |= {asked.pop(future) for future in done} - refused.keys()
             self._fail_early(record, participants)
+            opened &= participants.left.keys()  # one that opened and was lost stands for nobody that has not
             patience = min(patience, participants.patience(len(opened), deadline), key=lambda d: d.moment)
             if patience.passed:
                 what = f"had not opened after {patience.timeout_s:.1f} s"
@@ -351,8 +352,9 @@ def converts_on_the_wire(record: PushRecord, contract: Contract) -> bool:
 
 
 def prepare(writer: Writer, record: PushRecord, contract: Contract) -> None:
-    """Convert and measure whatever must be known before the first byte leaves."""
+    """Convert and measure whatever must be known before the first byte leaves; all ranks do, and wait for each other."""
     if converts_on_the_wire(record, contract):
+        writer.begin()
         return
     if not record.catch_up:
         writer.fill()
@@ -447,7 +449,11 @@ def _summary(
         replicas=holders,
         dropped=participants.dropped,
         digest=min(measured) if committed else "",
-        digest_ok=committed and len(measured) == 1 and set(served) == measured,
+        digest_ok=committed
+        and record.verify != "off"
+        and applied.keys() >= set(holders)
+        and len(measured) == 1
+        and set(served) == measured,
         transports=moved_by.names,
         transport_proof=moved_by.proof,
     )

@@ -63,18 +63,19 @@ class DigestGroup:
         """Launch on the current stream; returns `sums`."""
         self.sums.zero_()
         rows, looks, num_warps = _SHAPES[self._size]
-        for programs, whole in self._launches:
-            _digest_rows[(len(programs),)](
-                self._table,
-                programs,
-                self._factors,
-                self.sums,
-                SIZE=self._size,
-                ROWS=rows,
-                LOOKS=looks,
-                EVEN=whole,
-                num_warps=num_warps,
-            )
+        with torch.cuda.device_of(self.sums):  # threads begin on the first device, whatever their process uses
+            for programs, whole in self._launches:
+                _digest_rows[(len(programs),)](
+                    self._table,
+                    programs,
+                    self._factors,
+                    self.sums,
+                    SIZE=self._size,
+                    ROWS=rows,
+                    LOOKS=looks,
+                    EVEN=whole,
+                    num_warps=num_warps,
+                )
         return self.sums
 
 

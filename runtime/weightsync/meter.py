@@ -38,7 +38,7 @@ class TensorMeter:
             if names is None or name in names
         }
         if self._device is not None:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device.device)  # not the calling thread's own, which is the first one
             self._device.launch()
             measured = cast(dict[str, int], _read([self._device]))
             digests |= {name: digest for name, digest in measured.items() if names is None or name in names}
@@ -74,6 +74,7 @@ class _DeviceSums:
     def __init__(self, pieces: Sequence[tuple[Hashable, str, int, Tensor]]) -> None:
         from weightsync.digest_kernels import DigestGroup, Range
 
+        self.device = pieces[0][3].device
         by_size: dict[int, list[tuple[Hashable, Range]]] = {}
         for key, name, start, flat in pieces:
             by_size.setdefault(flat.element_size(), []).append((key, Range(name=name, start=start, flat=flat)))

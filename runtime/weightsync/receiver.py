@@ -161,8 +161,7 @@ class Receiver:
             self._check_fence(record)
             self._check_settled(record)
             self._seen_epoch = max(self._seen_epoch, record.epoch)
-            self._state, self._last_push = ReplicaState.OPEN, record.push_id
-            self._reception = Reception(
+            reception = Reception(
                 record=record,
                 fence=Fence.of(record, self._layout.digest()),
                 agent=self._agent,
@@ -175,7 +174,8 @@ class Receiver:
                 payload_bytes=self._layout.wanted_bytes,
                 on_checked=self._checked,
             )
-            self._reception.start()
+            self._state, self._last_push, self._reception = ReplicaState.OPEN, record.push_id, reception
+            reception.start()
             return self.describe()
 
     def commit(self, push_id: str) -> Description:

@@ -90,8 +90,8 @@ def copy_all(sources: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> No
     """Copy every source into the target of its name, and wait until the device has done so."""
     names = [name for name in targets if name in sources]
     torch._foreach_copy_([targets[n] for n in names], [sources[n] for n in names])  # pyright: ignore[reportPrivateImportUsage]
-    if any(targets[n].is_cuda or sources[n].is_cuda for n in names):
-        torch.cuda.synchronize()
+    for device in {tensor.device for n in names for tensor in (targets[n], sources[n]) if tensor.is_cuda}:
+        torch.cuda.synchronize(device)
 
 
 def _allocate(length_bytes: int, device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
 """A trainer rank's hands: learns the engines of a push, prepares a transfer for each of them and group, writes, and says so.
 
 The coordinator decides when; this module knows how. Peers and prepared transfers are kept between pushes by incarnation, so
-that a push to an unchanged fleet plans, connects and prepares nothing. Imports the transport, never vLLM.
+that a push to an unchanged fleet plans, connects and prepares nothing. Imports torch and the transport, never vLLM.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from weightsync import pipeline, verify
 from weightsync.errors import FencedOut, PlanError, TransportError
@@ -161,14 +163,25 @@ class Writer:
         handle that is in flight GRACE_S after the deadline ends this process: nothing else can stop it (design section 8).
         """
         peers = self._peers_of(record, replicas)
-        for number in range(len(self._slots.groups)):
-            _post(peers.values(), number)
-        return self._finish(record, peers, deadline, lost)
+        try:
+            for number in range(len(self._slots.groups)):
+                _post(peers.values(), number)
+            return self._finish(record, peers, deadline, lost)
+        except BaseException:  # who reports an error reports that nothing is in flight
+            self._wait_terminal([t for peer in peers.values() for t in peer.prepared], deadline, record.push_id)
+            raise
+
+    def begin(self) -> None:
+        """Before `convert_and_write`, and before any engine is opened: agree with the other ranks on FP8 blocks that straddle them.
+
+        Waits for them, as long as their exchange lets it; writes nothing to the arena.
+        """
+        self._slots.begin()
 
     def convert_and_write(
         self, record: PushRecord, replicas: Set[str], deadline: Deadline, lost: Callable[[], Set[str]]
     ) -> Written:
-        """As `fill`, `measure` and `write`, each group on the wire while the next one is converted.
+        """As `fill`, `measure` and `write`, each group on the wire while the next one is converted; after `begin`.
 
         Bytes leave before all are known to be finite: only for engines that do not serve what arrives until it is committed.
         Raises ConversionError naming a tensor, with every handle terminal.
@@ -185,20 +198,24 @@ class Writer:
                 planned.meters[number].launch()
             return ready
 
-        self._slots.begin()
         try:
             pipeline.run(
                 len(self._slots.groups),
                 convert,
-                lambda number: _post(peers.values(), number),
+                lambda number: self._post_elsewhere(peers.values(), number),
                 lambda: _in_flight(transfers),
             )
             self._slots.check()
+            self._partials.update({digest: planned.partials() for digest, planned in layouts.items()})
+            return self._finish(record, peers, deadline, lost)
         except BaseException:
             self._wait_terminal(transfers, deadline, record.push_id)
             raise
-        self._partials.update({digest: planned.partials() for digest, planned in layouts.items()})
-        return self._finish(record, peers, deadline, lost)
+
+    def _post_elsewhere(self, peers: Iterable[_Peer], number: int) -> None:
+        """`_post` from a thread that has not chosen a device: UCX copies by the calling thread's."""
+        with torch.cuda.device_of(self._slots.buffer):
+            _post(peers, number)
 
     def close(self) -> None:
         """Release every handle; all are terminal between pushes, or end this process."""
@@ -393,7 +410,8 @@ class Writer:
     def _release(self, peer: _Peer) -> None:
         for transfer in peer.prepared:
             transfer.release()
-        self._agent.disconnect(peer.agent_name)
+        with suppress(TransportError):  # NIXL itself forgets a peer whose connection broke
+            self._agent.disconnect(peer.agent_name)
 
 
 def _in_flight(transfers: Sequence[Transfer]) -> list[Transfer]:

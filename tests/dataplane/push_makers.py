@@ -199,6 +199,7 @@ class Pusher:
     def convert_and_write(self, record: PushRecord, version: int) -> Written:
         """As `fill` and `write`, group by group."""
         self._change(version)
+        self.writer.begin()
         return self._tell(record, self.writer.convert_and_write(record, *self._to_all(record, frozenset())))
 
     def write(self, record: PushRecord, *, lost: frozenset[str] = frozenset()) -> Written:

@@ -34,7 +34,10 @@ NAMES = ("engine-0", "engine-1", "engine-2")
 
 
 class Replica:
-    """A port that opens pushes and votes at once, or does what `behaviour` says: refuse, hang, no vote, votes no."""
+    """A port that opens pushes and votes at once, or does what `behaviour` says.
+
+    refuse, hang, slow, no vote, votes no, leaves (once it has opened).
+    """
 
     def __init__(self, name: str, ledger: Ledger) -> None:
         self.name, self.behaviour = name, ""
@@ -46,11 +49,15 @@ class Replica:
                 record = PushRecord.from_json(self.rfile.read(int(self.headers["content-length"])))
                 if replica.behaviour == "hang":
                     replica.released.wait(30)
+                if replica.behaviour == "slow":
+                    replica.released.wait(1.5)
                 self.send_response(409 if replica.behaviour == "refuse" else 200)
                 body = b'{"error": {"message": "not me"}}'
                 self.send_header("content-length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
+                if replica.behaviour == "leaves":
+                    ledger.leave(name, record.members[name])
                 if replica.behaviour in ("", "votes no"):
                     ok = not replica.behaviour
                     ledger.vote(
@@ -81,6 +88,9 @@ class Writer:
 
     def learn(self, *_: Any, **__: Any) -> dict[str, str]:
         return {"layout": "plan"}
+
+    def begin(self) -> None:
+        self.calls.append("begin")
 
     def fill(self) -> None:
         self.calls.append("fill")
@@ -162,7 +172,7 @@ def test_staged_pushes_convert_while_bytes_travel_and_catch_ups_send_what_is_the
     assert fleet.writer.calls == ["fill", "measure", "write"]
     fleet.writer.calls.clear()
     summary = fleet.push(commit="staged", staging="device")
-    assert fleet.writer.calls == ["convert and", "write"]
+    assert fleet.writer.calls == ["begin", "convert and", "write"]
     fleet.writer.calls.clear()
     caught_up = fleet.last.catch_up(version=summary.version, sequence=3, step=1)
     assert caught_up is not None
@@ -194,6 +204,21 @@ def test_a_quorum_goes_on_without_one_and_nobody_writes_into_who_has_not_opened(
     opened = list(NAMES) if behaviour in ("no vote", "votes no") else ["engine-0", "engine-2"]
     assert fleet.writer.wrote_into == [opened]
     assert fleet.ledger.head().version == summary.version
+
+
+@pytest.mark.failure_mode(12)
+def test_one_that_opened_and_died_does_not_stand_for_one_that_has_not_opened(fleet: Fleet) -> None:
+    """engine-0 opens and is gone, engine-1 opens late, engine-2 not at all: counted together, two would have opened of two left."""
+    for name, behaviour in zip(NAMES, ("leaves", "slow", "hang"), strict=True):
+        fleet.replicas[name].behaviour = behaviour
+    with pytest.raises(PushAborted, match="1 of 3 replicas are left, 2 are needed"):
+        fleet.push(quorum=2)
+    assert fleet.writer.wrote_into == []
+
+
+def test_a_digest_that_nobody_measured_is_not_called_good(fleet: Fleet) -> None:
+    assert fleet.push().digest_ok
+    assert not fleet.push(verify="off").digest_ok
 
 
 def test_a_replica_that_no_writer_reached_is_dropped(fleet: Fleet) -> None:

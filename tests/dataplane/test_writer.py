@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from weightsync.errors import TransportError
 from weightsync.rendezvous.records import PushRecord
 from weightsync.transport import TransferState
 from weightsync.waiting import Deadline
@@ -79,6 +80,35 @@ def test_a_transfer_that_failed_is_told_when_all_others_have_ended() -> None:
     assert slow.ended
     assert (failed.released, slow.released) == (True, False)
     assert done == ["disconnected first", ("second", [True, True])]
+
+
+@pytest.mark.failure_mode(23)
+def test_a_peer_that_nixl_forgot_by_itself_is_no_reason_to_leave_the_others_in_flight() -> None:
+    """NIXL drops what it knows of a peer whose connection broke, and refuses to be told so again."""
+    failed, slow = Scripted("first", 1, TransferState.FAILED), Scripted("second", 50, TransferState.DONE)
+    writer, _ = make_writer(failed, slow)
+
+    def disconnect(peer: str) -> None:
+        raise TransportError(f"cannot forget peer agent {peer}: NIXL_ERR_NOT_FOUND")
+
+    writer._agent.disconnect = disconnect  # type: ignore[method-assign]
+    written = writer.write(RECORD, RECORD.members.keys(), Deadline(30), frozenset)
+    assert (written.bytes, written.failed.keys(), slow.ended) == (8, {"first"}, True)
+
+
+@pytest.mark.failure_mode(23)
+def test_an_error_is_raised_when_nothing_is_in_flight_any_more() -> None:
+    """The other side believes it, and offers the memory again."""
+    slow, broken = Scripted("first", 50, TransferState.DONE), Scripted("second", 1, TransferState.DONE)
+    writer, _ = make_writer(slow, broken)
+
+    def post() -> None:
+        raise TransportError("no route")
+
+    broken.post = post  # type: ignore[method-assign]
+    with pytest.raises(TransportError, match="no route"):
+        writer.write(RECORD, RECORD.members.keys(), Deadline(30), frozenset)
+    assert slow.ended
 
 
 @pytest.mark.failure_mode(59)

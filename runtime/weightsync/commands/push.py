@@ -157,4 +157,3 @@ def _stage(ledger: Ledger, epoch: int) -> str:
 
 def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-

@@ -125,4 +125,3 @@ def _ask(http: httpx.Client, member: Member, head: Head, committed: str | None) 
     elif committed is not None and digest != committed:
         fault = f"version {head.version} was committed with digest {committed}, its memory holds {digest}"
     return Finding(replica=member.replica, version=state["version"], digest=digest, fault=fault)
-

@@ -15,6 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from weightsync.conversion.registry import CASTS
+from weightsync.errors import ConversionError
+
 _VECTOR_BYTES, _VECTOR_ELEMENTS = 16, 8
 _FLAT, _ROWS = (1, 8192), (16, 512)
 """(rows, columns) of a tile of contiguous elements, and of rows that lie apart."""
@@ -45,6 +48,10 @@ class CastGroup:
         if len(kinds) != 1:
             raise ValueError(f"casts are of {sorted(map(str, kinds))}: a group has one kind")
         ((source, out, through),) = kinds
+        if not {source, out, through} <= CASTS:
+            raise ConversionError(
+                f"{casts[0].name}: no conversion from {source} to {out}; there are casts between bf16 and fp32"
+            )
         self._fp32 = {"SOURCE_FP32": source == torch.float32, "OUT_FP32": out == torch.float32}
         self._rounded = through not in (source, out)
         device = casts[0].out.device

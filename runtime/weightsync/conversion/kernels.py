@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from weightsync.conversion.fp8 import BLOCK, blocks_of
+from weightsync.errors import ConversionError
 
 _FIELDS = 9
 _NO_BLOCKS = 0
@@ -50,7 +51,9 @@ class Fp8Group:
     def __init__(self, jobs: Sequence[Job], *, ue8m0: bool = False, num_warps: int = 8) -> None:
         device, dtypes = jobs[0].source.device, {job.source.dtype for job in jobs}
         if len(dtypes) != 1 or not dtypes <= {torch.bfloat16, torch.float32}:
-            raise ValueError(f"sources have dtypes {sorted(map(str, dtypes))}: a group has one, bfloat16 or float32")
+            raise ConversionError(
+                f"sources have dtypes {sorted(map(str, dtypes))}: a group has one, bfloat16 or float32"
+            )
         self.faults = torch.zeros(len(jobs), dtype=torch.int32, device=device)
         self.bytes_moved = sum(job.source.nbytes + job.out.numel() + job.scales.nbytes for job in jobs)
         self._jobs = jobs
