@@ -107,9 +107,9 @@ def test_after_an_update_answers_are_those_of_a_fresh_engine(engine: Engine, tra
         source.step(seed)
         trainer.send_weights()
     answer = engine.answer(PROMPT)
-    fresh = start_plain_engine(tmp_path, "fresh", source.save(tmp_path / "saved"), *ARGUMENTS).wait_up()
+    fresh = start_plain_engine(tmp_path, "fresh", source.save(tmp_path / "saved"), *ARGUMENTS)
     try:
-        assert answer == fresh.answer(PROMPT)
+        assert answer == fresh.wait_up().answer(PROMPT)
     finally:
         fresh.kill()
     assert answer != first
