@@ -45,7 +45,7 @@ def main() -> None:
     n_ranks = None if options.ranks == "all" else int(options.ranks)
     cells = {key_of(cell): cell for cell in stored()}
     for model in options.models:
-        checkpoint = read_checkpoint(ROOT / "bench" / "models" / f"{model}.json")
+        checkpoint = read_checkpoint(ROOT / "bench" / "configs" / f"{model}.json")
         for engine in options.engines:
             for format_ in options.formats:
                 for cell in run(model, checkpoint, engine, format_, n_ranks):

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from bench.about import RESULTS, about, peak_bytes, save
-from bench.models import ONE_TRILLION, QWEN3_235B, Model, engine, fsdp, sources
+from bench.layouts import ONE_TRILLION, QWEN3_235B, Model, engine, fsdp, sources
 from weightsync.layout.held import Held
 from weightsync.layout.records import SourceLayout, TargetLayout
 from weightsync.plan import make_plan

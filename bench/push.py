@@ -26,7 +26,7 @@ import torch
 import torch.multiprocessing as mp
 
 from bench.about import RESULTS, about, save
-from bench.models import Model, engine, fsdp, sources
+from bench.layouts import Model, engine, fsdp, sources
 from weightsync import verify
 from weightsync.layout.records import SourceLayout, TargetLayout
 from weightsync.plan import make_plan

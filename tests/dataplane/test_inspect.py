@@ -22,7 +22,7 @@ from weightsync.inspection.tracing import Refusal
 from weightsync.layout.meshes import EngineMesh, Parameter, TrainerMesh
 from weightsync.layout.records import Copy, SourceTensor, Target, TargetLayout
 
-MODELS = Path(__file__).parents[2] / "bench" / "models"
+MODELS = Path(__file__).parents[2] / "bench" / "configs"
 
 
 def two_layers(name: str, folder: Path, **changes: Any) -> Path:
