@@ -272,7 +272,7 @@ def test_verify_names_an_engine_whose_memory_differs_and_it_stops_serving(
     assert answer.status_code == 200, answer.text
     assert session.verify() == 1
     differs, ok = capsys.readouterr().out.splitlines()
-    assert differs.startswith("DIFFERS  engine-0: DIRTY: 1 of ")
+    assert differs.startswith("DIFFERS  engine-0: DIRTY: 1 targets (")
     assert ok.startswith("ok       engine-1: holds version 3, digest ")
     assert (damaged.complete(PROMPTS[1]).status_code, whole.complete(PROMPTS[1]).status_code) == (503, 200)
     assert session.verify("--replica", "engine-1") == 0
