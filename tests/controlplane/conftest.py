@@ -78,7 +78,7 @@ def installed(api_server: BareApiServer, chart: list[dict[str, Any]]) -> BareApi
 
 
 def _is_established(status: dict[str, Any]) -> bool:
-    return any(c["type"] == "Established" and c["status"] == "True" for c in status.get("conditions", []))
+    return any(c["type"] == "Established" and c["status"] == "True" for c in status.get("conditions") or [])
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ from weightsync.errors import ConfigError
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 POSITIONS = 4096
-LONG = {"engine-0": 450, "engine-1": 2000}
+LONG = {"engine-0": 450, "engine-1": 4000}
 """Tokens of an answer that a push comes into; where requests are kept, so many that it ends long after a push of 2 s."""
 PROMPTS = [list(range(1, 41)), [9, 8, 7]]
 
