@@ -163,9 +163,8 @@ class Publisher:
                     logger.warning("attempt %d of %d to push step %d: %s", attempt, ATTEMPTS, step, error)
                     if attempt == ATTEMPTS:
                         raise
-                    time.sleep(
-                        ATTEMPT_PAUSE_S * 2 ** (attempt - 1)
-                    )  # all ranks alike: none may wait for rank 0's pause
+                    # All ranks alike: none may wait for rank 0's pause.
+                    time.sleep(ATTEMPT_PAUSE_S * 2 ** (attempt - 1))
                     break
         raise AssertionError("the last attempt returns or raises")
 

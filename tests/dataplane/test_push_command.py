@@ -69,7 +69,7 @@ class Session:
             POD_NAME=name,
             VLLM_SERVER_DEV_MODE="1",
         )
-        engine.http.timeout = httpx.Timeout(300)  # thousands of tokens in one answer
+        engine.http.timeout = httpx.Timeout(300)  # of an answer on a busy machine
         self.engines.append(engine)
         self.fleet.processes.append(engine)
         return engine

@@ -19,9 +19,6 @@ from torch import Tensor
 from weightsync.conversion.fp8 import BLOCK, blocks_of
 from weightsync.errors import ConversionError
 
-_FIELDS = 9
-_NO_BLOCKS = 0
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
