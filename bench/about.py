@@ -17,7 +17,7 @@ def about() -> dict[str, Any]:
     """Of this process, for the head of its report."""
     return {
         "command": _command(),
-        "commit": _commit(),
+        "commit": os.environ.get("WEIGHTSYNC_COMMIT") or commit_of(Path.cwd()),
         "device": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "load_before": round(os.getloadavg()[0], 2),
@@ -26,9 +26,11 @@ def about() -> dict[str, Any]:
 
 
 def _command() -> str:
-    """As typed, but for the folder of `--out`, which is a place on one machine."""
+    """As typed, but for folders, which are places on one machine."""
     words = [Path(sys.executable).name, *sys.orig_argv[1:]]
-    return " ".join("DIR" if before == "--out" else word for before, word in zip(["", *words], words, strict=False))
+    return " ".join(
+        "DIR" if before in ("--out", "--against") else word for before, word in zip(["", *words], words, strict=False)
+    )
 
 
 def save(name: str, report: dict[str, Any], folder: Path) -> Path:
@@ -49,14 +51,15 @@ def _status_kib(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-def _commit() -> str:
-    """The commit checked out, with a plus where files differ from it."""
+def commit_of(checkout: Path) -> str:
+    """The commit that is checked out there, with a plus where files differ from it."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
+        command = ["git", "-C", str(checkout), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
-    return os.environ.get("WEIGHTSYNC_COMMIT", git("rev-parse", "HEAD") + "+" * bool(changed))
+    return git("rev-parse", "HEAD") + "+" * bool(changed)
 
 
 def _processor() -> str:

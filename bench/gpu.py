@@ -21,9 +21,11 @@ import triton
 
 from bench.about import about as about_host
 from bench.about import save
-from bench.gpu_push import UCX_TLS, Case, naive_fp8, pushes
+from bench.gpu_case import UCX_TLS, Case, naive_fp8
+from bench.gpu_push import pushes
 from bench.shapes import EXPERT_SHAPES, LAYERS, MATRICES, Engine
 from weightsync.conversion import fp8
+from weightsync.conversion.cast_kernels import Cast, CastGroup
 from weightsync.conversion.kernels import Fp8Group, Job
 from weightsync.digest_kernels import DigestGroup, Range
 from weightsync.layout.forms import GROUP_BYTES
@@ -37,17 +39,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--two-gpus", action="store_true", help="engines on the second GPU")
     parser.add_argument("--quick", action="store_true", help="two layers instead of what memory holds")
+    parser.add_argument("--case", default="", help="only fleets whose name holds these words")
     parser.add_argument("--group-bytes", type=int, default=GROUP_BYTES, help="what is converted at once")
     options = parser.parse_args()
     os.environ["UCX_TLS"] = UCX_TLS
     report: dict[str, Any] = {"about": about(), "limits": limits(peer=options.two_gpus)}
     if not options.two_gpus:
-        report["conversion"] = [*conversions(report["limits"]["copy_gbps"])]
+        report["conversion"] = [*conversions(report["limits"]["copy_gbps"]), *casts(report["limits"]["copy_gbps"])]
         report["digest"] = [*digests(report["limits"]["read_gbps"])]
     torch.cuda.empty_cache()
     report["push"] = []
     copy_gbps = report["limits"]["peer_copy_gbps" if options.two_gpus else "copy_payload_gbps"]
     for case in cases(two_gpus=options.two_gpus, quick=options.quick):
+        if options.case not in case.what:
+            continue
         print(f"== {case.what}", flush=True)
         report["push"] += pushes(case, copy_gbps=copy_gbps, group_bytes=options.group_bytes)
         torch.cuda.empty_cache()
@@ -142,16 +147,16 @@ def conversion_row(what: str, dtype: torch.dtype, jobs: list[Job], copy_gbps: fl
     taken = seconds(group.convert)
     few = jobs[:: max(1, len(jobs) // 16)]
     naive = seconds(lambda: [naive_fp8(job.source) for job in few], runs=3) / sum(job.source.numel() for job in few)
-    rate = group.bytes_moved / taken / 1e9
     elements = sum(job.source.numel() for job in jobs)
-    return {
-        "what": what,
-        "source": str(dtype).removeprefix("torch."),
-        "seconds": taken,
-        "gbps": rate,
-        "share_of_copy": rate / copy_gbps,
-        "times_faster_than_torch": naive * elements / taken,
-    }
+    row = kernel_row(what, dtype, taken, group.bytes_moved, copy_gbps)
+    return row | {"times_faster_than_torch": naive * elements / taken}
+
+
+def kernel_row(what: str, dtype: torch.dtype, taken_s: float, moved_bytes: int, copy_gbps: float) -> Row:
+    """One launch over sources of one dtype; bytes read and written."""
+    rate = moved_bytes / taken_s / 1e9
+    source = str(dtype).removeprefix("torch.")
+    return {"what": what, "source": source, "seconds": taken_s, "gbps": rate, "share_of_copy": rate / copy_gbps}
 
 
 def fp8_jobs(source: torch.Tensor) -> list[Job]:
@@ -161,6 +166,26 @@ def fp8_jobs(source: torch.Tensor) -> list[Job]:
     out = torch.empty(matrices.shape, dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
     scales = torch.empty(len(matrices), fp8.blocks_of(rows), fp8.blocks_of(columns), device="cuda")
     return [Job(source=m, out=o, scales=s) for m, o, s in zip(matrices, out, scales, strict=True)]
+
+
+def casts(copy_gbps: float) -> Iterator[Row]:
+    """A whole layer that nothing quantizes, in one launch: bf16 as it is, and fp32 masters rounded to bf16."""
+    for dtype in (torch.bfloat16, torch.float32):
+        sources = [
+            torch.randn(shape, device="cuda").to(dtype) for shape in (*EXPERT_SHAPES.values(), *MATRICES.values())
+        ]
+        jobs = [
+            Cast(
+                name=str(n),
+                source=s.view(-1),
+                out=torch.empty_like(s, dtype=torch.bfloat16).view(-1),
+                through=torch.bfloat16,
+            )
+            for n, s in enumerate(sources)
+        ]
+        group = CastGroup(jobs)
+        moved = sum(job.source.nbytes + job.out.nbytes for job in jobs)
+        yield kernel_row("whole layer to bfloat16, one launch", dtype, seconds(group.convert), moved, copy_gbps)
 
 
 def digests(read_gbps: float) -> Iterator[Row]:
@@ -183,7 +208,15 @@ def show(report: dict[str, Any]) -> None:
     """One table."""
     for name, value in report["limits"].items():
         print(f"{name:<60}{value:10.0f}")
-    shown = ("source", "times_faster_than_torch", "over_the_longest", "digests_equal", "bytes_equal", "peak_bytes")
+    shown = (
+        "source",
+        "times_faster_than_torch",
+        "over_the_longest",
+        "over_the_floor",
+        "digests_equal",
+        "bytes_equal",
+        "peak_bytes",
+    )
     for section in ("conversion", "digest", "push"):
         for row in report.get(section, []):
             share = row.get("share_of_copy", row.get("share_of_read", 0.0))

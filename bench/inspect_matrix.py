@@ -1,13 +1,16 @@
-"""Plans of full-size models, offline: `python -m bench.inspect_matrix [--models NAME ...] [--ranks N | --ranks all]`.
+"""Plans of full-size models, offline: `python -m bench.inspect_matrix [--missing] [--models NAME ...] [--ranks N | --ranks all]`.
 
 Each cell is one `weightsync inspect`: model x trainer x engine x format. An engine's ranks are traced once and serve every trainer.
-Earlier cells that are not asked for again are kept. Leaves bench/results/inspect_matrix.json and the table in docs/inspect.md.
+Cells are stored, with the table in docs/inspect.md, after each engine and format: a run that ends goes on with `--missing`. Earlier
+cells that are not asked for again are kept. Leaves bench/results/inspect_matrix.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,17 +44,22 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--ranks", default="3", help="engine ranks to trace: a number, or `all`")
+    parser.add_argument("--missing", action="store_true", help="leave out what is stored for every trainer")
     options = parser.parse_args()
     n_ranks = None if options.ranks == "all" else int(options.ranks)
     cells = {key_of(cell): cell for cell in stored()}
-    for model in options.models:
-        checkpoint = read_checkpoint(ROOT / "bench" / "configs" / f"{model}.json")
-        for engine in options.engines:
-            for format_ in options.formats:
-                for cell in run(model, checkpoint, engine, format_, n_ranks):
-                    cells[key_of(cell)] = cell
-                    print(line(cell), flush=True)
-                write([cells[key] for key in sorted(cells)])
+    asked = [*itertools.product(options.models, options.engines, options.formats)]
+    if options.missing:
+        asked = [each for each in asked if any((*each, trainer) not in cells for trainer in TRAINERS)]
+    checkpoints: dict[str, Checkpoint] = {}
+    for number, (model, engine, format_) in enumerate(asked, 1):
+        print(f"{number} of {len(asked)}: {model} {engine} {format_} ...", file=sys.stderr, flush=True)
+        if model not in checkpoints:
+            checkpoints = {model: read_checkpoint(ROOT / "bench" / "configs" / f"{model}.json")}
+        for cell in run(model, checkpoints[model], engine, format_, n_ranks):
+            cells[key_of(cell)] = cell
+            print(line(cell), flush=True)
+        write([cells[key] for key in sorted(cells)])
 
 
 def run(model: str, checkpoint: Checkpoint, engine: str, format_: str, n_ranks: int | None) -> Iterator[dict[str, Any]]:

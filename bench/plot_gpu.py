@@ -25,7 +25,7 @@ def main() -> None:
     options = parser.parse_args()
     mpl.use("Agg")
     reports = [json.loads(path.read_text()) for path in options.reports]
-    figure, axes = plt.subplots(len(reports), 1, figsize=(9, 4.2 * len(reports)), layout="constrained")
+    figure, axes = plt.subplots(len(reports), 1, figsize=(11, 5.2 * len(reports)), layout="constrained")
     for axis, report in zip(axes if len(reports) > 1 else [axes], reports, strict=True):
         draw(axis, report)
     figure.savefig(options.out, dpi=110)
@@ -42,10 +42,10 @@ def draw(axis: Any, report: dict[str, Any]) -> None:
         axis.text(max(got, roof), place, f"  {got:.0f} of {roof:.0f} GB/s: {got / roof:.0%}", va="center", fontsize=8)
     axis.set_yticks(places, names, fontsize=8)
     axis.invert_yaxis()
-    axis.set_xlim(0, max(roofs) * 1.3)
+    axis.set_xlim(0, max(roofs) * 1.45)
     axis.set_xlabel("GB/s (conversion: read and written; digests: read; pushes: payload)", fontsize=8)
     axis.set_title(f"{report['about']['device']}, commit {report['about']['commit']}", fontsize=9)
-    axis.legend(fontsize=8, loc="lower right")
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, -0.02))
     axis.spines[["top", "right"]].set_visible(False)
 
 
@@ -53,7 +53,8 @@ def kernels(report: dict[str, Any]) -> Iterator[Bar]:
     limits = report["limits"]
     for row in report.get("conversion", []):
         if row["what"].startswith(("w13", "w2", "whole")):
-            yield f"FP8 of {row['what']}, {row['source']}", row["gbps"], limits["copy_gbps"]
+            what = row["what"] if "to bfloat16" in row["what"] else f"FP8 of {row['what']}"
+            yield f"{what}, {row['source']}", row["gbps"], limits["copy_gbps"]
     for row in report.get("digest", []):
         yield row["what"], row["gbps"], limits["read_gbps"]
 
@@ -64,6 +65,12 @@ def pushes(report: dict[str, Any]) -> Iterator[Bar]:
     for row in report["push"]:
         if row["what"].startswith("wire alone"):
             yield f"push, {row['fleet']}", row["gbps"], roof
+        elif "over_the_floor" in row:
+            yield (
+                f"convert and push (roof: no transport), {row['fleet']}",
+                row["gbps"],
+                row["gbps"] * row["over_the_floor"],
+            )
         elif row["what"] == "staged commit: copy":
             yield f"staged commit's copy, {row['fleet']}", row["gbps"], limits["copy_payload_gbps"]
 

@@ -28,13 +28,16 @@ import torch.multiprocessing as mp
 from bench.about import RESULTS, about, save
 from bench.layouts import Model, engine, fsdp, sources
 from weightsync import verify
+from weightsync.benchmark.streams import PLAIN, plain_stream, take_turns
+from weightsync.benchmark.wire import bench_record
+from weightsync.layout.forms import Group
 from weightsync.layout.records import SourceLayout, TargetLayout
+from weightsync.layout.ring import Ring
 from weightsync.plan import make_plan
 from weightsync.reception import NOTIFICATION_POLL_S
 from weightsync.rendezvous.incarnation import replica_incarnation
 from weightsync.rendezvous.modelexpress import EngineDescriptor, RemoteTensor
-from weightsync.rendezvous.records import PushRecord
-from weightsync.transport import Agent, Region, TransferState
+from weightsync.transport import Agent, Region
 from weightsync.waiting import Deadline
 from weightsync.writer import Writer
 
@@ -47,16 +50,6 @@ TRANSPORTS = {"tcp": "tcp,self", "shared memory": "sm,tcp,self"}
 ROUNDS = 5
 LIMIT = 0.8
 TIMEOUT_S = 60.0
-MIB = 1 << 20
-PLAIN = {
-    "one descriptor, polled without a pause": (None, None),
-    "one descriptor, polled with pauses": (None, NOTIFICATION_POLL_S),
-    "descriptors of 4 MiB, polled without a pause": (4 * MIB, None),
-    "descriptors of 4 MiB, polled with pauses": (4 * MIB, NOTIFICATION_POLL_S),
-    "descriptors of 64 MiB, polled with pauses": (64 * MIB, NOTIFICATION_POLL_S),
-}
-"""What a plain stream varies: bytes a descriptor, and seconds between two looks of the receiving process."""
-SENDER_PAUSE_S = 0.0005
 PRODUCT = "push by the product"
 
 
@@ -98,11 +91,16 @@ def measure() -> dict[str, Any]:
         payload = int(writes["length"].sum()) * 2
         runs: dict[str, Callable[[], None]] = {}
         peer = descriptor.agent_name
-        for name, (length, receiver_pause_s) in PLAIN.items():
-            runs[name] = prepare_plain(agent, peer, arena, base, payload, length or payload, receiver_pause_s)
+        here, there = (Region(address=at, length_bytes=payload) for at in (arena.data_ptr(), base))
+        for name, manner in PLAIN.items():
+            runs[name] = plain_stream(agent, peer, here, there, manner, TIMEOUT_S)
         runs[PRODUCT] = product
-        pauses = {name: pause or 0.0 for name, (_, pause) in PLAIN.items()} | {PRODUCT: NOTIFICATION_POLL_S}
-        seconds = take_turns(runs, pauses, pause_s)
+        pauses = {name: manner.pause_s or 0.0 for name, manner in PLAIN.items()} | {PRODUCT: NOTIFICATION_POLL_S}
+
+        def have_paused(name: str) -> None:
+            pause_s.value = pauses[name]
+
+        seconds = take_turns(runs, turns=ROUNDS, before=have_paused)
         product()  # last, so that it is its bytes that are checked
         ours.send(writes)
         same = hear(ours) == verify.digest_writes(arena, writes, targets)
@@ -115,8 +113,8 @@ def prepare_product(
     agent: Agent, arena: torch.Tensor, held: list[SourceLayout], layout: TargetLayout, descriptor: EngineDescriptor
 ) -> tuple[Callable[[], None], np.ndarray, Any, Writer]:
     """A trainer rank's writer that has learnt the engine; its conversion and its rendezvous are stood in for."""
-    whole = SimpleNamespace(stop_bytes=arena.nbytes)
-    slots = SimpleNamespace(layouts=held, buffer=torch.empty(0), groups=[whole], wants=lambda _: layout)
+    whole, ring = Group(0, 1, 0, arena.nbytes), Ring(arena.nbytes, (0,), (frozenset(),))
+    slots = SimpleNamespace(layouts=held, buffer=torch.empty(0), groups=[whole], ring=ring, wants=lambda _: layout)
 
     def lay_out(_: Mapping[str, TargetLayout]) -> bool:
         slots.buffer = arena
@@ -127,19 +125,7 @@ def prepare_product(
     writer = Writer(rank=0, agent=agent, slots=slots, rendezvous=rendezvous)  # type: ignore[arg-type]
     members = {descriptor.replica: replica_incarnation([descriptor.incarnation])}
     digests = writer.learn(members, Deadline(TIMEOUT_S), catch_up=False)
-    record = PushRecord(
-        push_id="1.1.1",
-        session="bench",
-        epoch=1,
-        version=1,
-        attempt=1,
-        step=0,
-        catch_up=False,
-        deadline_at=0.0,
-        writers=1,
-        plan_digests=digests,
-        members=members,
-    )
+    record = bench_record("1.1.1", digests, members)
     writer.measure(record)
     plan = make_plan(held, layout)
 
@@ -147,45 +133,6 @@ def prepare_product(
         writer.write(record, record.members.keys(), Deadline(TIMEOUT_S), frozenset)
 
     return push, plan.writes(0), plan.targets, writer
-
-
-def prepare_plain(
-    agent: Agent, peer: str, arena: torch.Tensor, base: int, payload: int, length: int, pause_s: float | None
-) -> Callable[[], None]:
-    """One transfer of `payload` bytes from the front of the arena to the front of the receiver's memory."""
-    starts = range(0, payload, length)
-
-    def regions(address: int) -> list[Region]:
-        return [Region(address=address + at, length_bytes=min(length, payload - at)) for at in starts]
-
-    transfer = agent.prepare(peer, regions(arena.data_ptr()), regions(base))
-
-    def push() -> None:
-        deadline = Deadline(TIMEOUT_S)
-        transfer.post()
-        while transfer.in_flight:
-            if deadline.passed:
-                raise TimeoutError(f"{payload} bytes in flight after {TIMEOUT_S:.0f} s")
-            if pause_s is not None:
-                time.sleep(SENDER_PAUSE_S)
-        if transfer.poll() is TransferState.FAILED:
-            raise RuntimeError(transfer.failure)
-
-    return push
-
-
-def take_turns(runs: Mapping[str, Callable[[], None]], pauses: Mapping[str, float], pause_s: Any) -> dict[str, float]:
-    """Median seconds of each; the first round is not counted."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(ROUNDS + 1):
-        for name, run in runs.items():
-            pause_s.value = pauses[name]
-            started = time.perf_counter()
-            run()
-            if number:
-                taken[name].append(time.perf_counter() - started)
-        print(f"  round {number} of {ROUNDS}", file=sys.stderr, flush=True)
-    return {name: sorted(times)[len(times) // 2] for name, times in taken.items()}
 
 
 def result(seconds: Mapping[str, float], payload: int, writes: np.ndarray, same: bool) -> dict[str, Any]:

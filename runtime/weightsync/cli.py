@@ -13,6 +13,7 @@ import click
 from weightsync.errors import ConfigError, UnsupportedLayout, WeightSyncError
 
 COMMANDS = {
+    "bench": "measure wire and conversion between two processes or two nodes",
     "inspect": "plan a push from a model's config and two meshes, and count it",
     "push": "send a checkpoint into running engines, with no trainer",
     "verify": "have engines measure their live memory again",

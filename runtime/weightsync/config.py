@@ -17,7 +17,7 @@ from pydantic.alias_generators import to_camel
 
 from weightsync.errors import ConfigError
 
-CONTRACT_VERSION = "1.1"
+CONTRACT_VERSION = "1.2"
 """major.minor. A runtime refuses another major; unknown keys are an error within the same minor and ignored beyond it."""
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -35,6 +35,13 @@ class ModelSection(_Section):
     dtype: Literal["bfloat16"] = "bfloat16"
 
 
+class RedisTlsSection(_Section):
+    """TLS to the ledger; its certificate must name the host."""
+
+    ca_file: str | None = None
+    """PEM of whom to trust besides the system's authorities, read at each connection."""
+
+
 class RedisSection(_Section):
     """The ledger."""
 
@@ -43,6 +50,8 @@ class RedisSection(_Section):
     username: str | None = None
     password_file: str | None = None
     database: Annotated[int, Field(ge=0, le=15)] = 0
+    tls: RedisTlsSection | None = None
+    """Plain when left out."""
 
 
 class ModelExpressSection(_Section):
@@ -79,6 +88,9 @@ class TransferSection(_Section):
     staging: Literal["none", "device", "pinnedHost"] = "none"
     staging_budget_bytes: Annotated[int, Field(gt=0)] | None = None
     """What staging may take in one engine rank; None for as much as its weights do."""
+    arena_budget_bytes: Annotated[int, Field(gt=0)] | None = None
+    """What the converted weights may take in one trainer rank, which then sends them through a ring of arenas and keeps none: late
+    engines are caught up by their peers. None for all of them at once, kept for late engines. Needs commit staged."""
     quorum: Annotated[int, Field(ge=1)] | None = None
     """Replicas without which nothing is committed; None for all that are alive when a push begins."""
     verify: Literal["full", "sampled", "off"] = "full"
@@ -94,6 +106,15 @@ class TransferSection(_Section):
         if (self.commit == "staged") != (self.staging != "none"):
             raise ValueError(
                 f"commit is {self.commit} and staging {self.staging}: staged needs device or pinnedHost, inPlace none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_ring_goes_with_staged(self) -> Self:
+        if self.arena_budget_bytes is not None and self.commit != "staged":
+            raise ValueError(
+                "arenaBudgetBytes needs commit staged: in place, all weights are converted before the first byte leaves, since an "
+                "infinity found later would leave engines torn"
             )
         return self
 

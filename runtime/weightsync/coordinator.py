@@ -10,26 +10,32 @@ import concurrent.futures
 import dataclasses
 import http.client
 import logging
+import queue
 import time
 from collections.abc import Callable, Iterable, Mapping, Set
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
-from weightsync import verify
+from weightsync.accounts import summarize
 from weightsync.config import Contract
 from weightsync.endpoints import Endpoints
 from weightsync.errors import ConversionError, DeadlineExceeded, LedgerUnavailable, PushAborted, WeightSyncError
 from weightsync.participants import Participants
+from weightsync.push_steps import prepare, write_and_report
 from weightsync.rendezvous.handshake import Applied
 from weightsync.rendezvous.ledger import Ledger
-from weightsync.rendezvous.records import Member, PushRecord, Verdict, Vote, WriterReport
-from weightsync.telemetry import Stopwatch, Transports, agree_on_transports, seconds_of, trace_events, write_trace
-from weightsync.transport.agent import transports_in_use
+from weightsync.rendezvous.progress import PushProgress
+from weightsync.rendezvous.records import Claim, Member, PushRecord, Verdict, Vote, WriterReport
+from weightsync.telemetry import Stopwatch, trace_events, write_trace
 from weightsync.waiting import Deadline, wait_until
 from weightsync.wire import Decision, PushSummary, ReplicaState
 from weightsync.writer import Writer
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 LEARN_S = 15.0
 """ModelExpress gets so long to know a member that the ledger lists."""
@@ -38,12 +44,8 @@ APPLY_S = 5.0
 ACCOUNT_S = 1.0
 """The account comes so long after the deadline at the latest: the other ranks wait GRACE_S for it."""
 OPEN_WORKERS = 64
-STEP_POLL_S = 0.005
-"""Longest pause between two looks at the ledger within a push: a look costs three round trips, a pause counts as overhead."""
 LEASE_LOOK_S = 0.25
-"""Leases are looked at so often while a push waits; they are good for seconds."""
-OPEN_LOOK_S = 0.25
-LOST_LOOK_S = 0.5
+"""Leases are looked at so often while a push waits; they are good for seconds. What is told comes without looking."""
 
 
 class Coordinator:
@@ -72,7 +74,12 @@ class Coordinator:
             return self._run(step, sequence, members, deadline, catch_up=0)
 
     def catch_up(self, *, version: int, sequence: int, step: int) -> PushSummary | None:
-        """Bring the replicas that are torn or behind to `version`, which the arenas still hold; None when all are current."""
+        """Bring the replicas that are torn or behind to `version`, which the arenas still hold; None when all are current.
+
+        Those that a peer is repairing are left to it; all are, where arenas are rings that hold no whole version.
+        """
+        if not self._writer.keeps_versions:
+            return None
         head = self._ledger.head()
         if (head.version_epoch, head.version) != (self._epoch, version):
             return None
@@ -81,11 +88,21 @@ class Coordinator:
             for name, member in self._ledger.live_members().items()
             if member.state == ReplicaState.DIRTY or (member.epoch, member.version) < head.order
         }
-        if not late:
-            return None
         deadline = Deadline(self._contract.transfer.timeout_seconds)
-        with self._ledger.bounded(deadline.moment):
-            return self._run(step, sequence, late, deadline, catch_up=version)
+        with self._ledger.bounded(deadline.moment), ExitStack() as claimed:
+            ours = {name: member for name, member in late.items() if self._claim(name, deadline, claimed)}
+            return self._run(step, sequence, ours, deadline, catch_up=version) if ours else None
+
+    def _claim(self, replica: str, deadline: Deadline, claimed: ExitStack) -> bool:
+        """Take on a replica until `claimed` closes; False when a peer has."""
+        claim = self._ledger.claim_for_trainer(replica, epoch=self._epoch, timeout_s=deadline.left_s)
+        if claim is not None:
+            claimed.callback(self._release, claim)
+        return claim is not None
+
+    def _release(self, claim: Claim) -> None:
+        with suppress(LedgerUnavailable):  # it runs out by itself
+            self._ledger.release_claim(claim)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -119,16 +136,20 @@ class Coordinator:
                 verify=self._contract.transfer.verify,
             )
         votes: dict[tuple[str, int], Vote] = {}
+        progress = PushProgress(self._ledger, record.push_id)
         try:
-            votes = self._carry_out(record, participants, deadline, phases)
+            votes = self._carry_out(record, participants, progress, deadline, phases)
             verdict = self._ledger.decide(record.push_id, Decision.COMMIT)
         except WeightSyncError as error:  # the verdict may be COMMIT all the same, where only its answer was lost
             verdict = self._decide_abort(record, error)
             if isinstance(error, ConversionError):  # no later attempt sends these weights
                 with suppress(PushAborted):
-                    self._account(record, verdict, participants, votes, phases, started, deadline)
+                    self._account(record, verdict, participants, progress, votes, phases, started, deadline)
                 raise
-        return self._account(record, verdict, participants, votes, phases, started, deadline)
+        except Exception as error:  # a device without memory, say: the engines need not wait for the deadline
+            self._decide_abort(record, error)
+            raise
+        return self._account(record, verdict, participants, progress, votes, phases, started, deadline)
 
     def _quorum(self, catch_up: bool) -> int | None:
         """Of late replicas each one counts by itself, where the fleet as a whole may lack some."""
@@ -136,27 +157,32 @@ class Coordinator:
         return quorum and (1 if catch_up else quorum)
 
     def _carry_out(
-        self, record: PushRecord, participants: Participants, deadline: Deadline, phases: Stopwatch
+        self,
+        record: PushRecord,
+        participants: Participants,
+        progress: PushProgress,
+        deadline: Deadline,
+        phases: Stopwatch,
     ) -> dict[tuple[str, int], Vote]:
         """Everything between the begin of a push and its decision; raises when it cannot be committed."""
+        others = set(range(1, self._world_size))
+        wait = partial(self._wait_ranks, record, participants, progress, deadline)
         with phases.phase("plan"):
             self._ledger.report_planned(record.push_id, 0)
-            self._wait_ranks(record, participants, deadline, self._ledger.planned, "trainer ranks have not planned")
+            wait(others, lambda: progress.planned, "trainer ranks have not planned")
         with phases.phase("convert"):
             prepare(self._writer, record, self._contract)
             self._ledger.report_ready(record.push_id, 0)
-            self._wait_ranks(record, participants, deadline, self._ledger.ready, "trainer ranks are not ready to write")
+            wait(others, lambda: progress.ready, "trainer ranks are not ready to write")
         with phases.phase("open"):
-            self._open(record, participants, deadline)
+            self._open(record, participants, progress, deadline)
             opened = frozenset(participants.left)
             self._ledger.release_writers(record.push_id, opened)
         write_and_report(self._ledger, self._writer, record, self._contract, opened, 0, deadline, phases)
-        with phases.phase("wire"):
-            self._wait_ranks(
-                record, participants, deadline, self._ledger.writer_reports, "trainer ranks have not written"
-            )
-        with phases.phase("verify"):
-            return self._wait_votes(record, participants, deadline)
+        with self._writer.delivering(), phases.phase("wire"):
+            wait({0, *others}, lambda: progress.reports, "trainer ranks have not written")
+        with self._writer.delivering(), phases.phase("verify"):
+            return self._wait_votes(record, participants, progress, deadline)
 
     def _wait_members(self, deadline: Deadline) -> dict[str, Member]:
         needed = self._contract.transfer.quorum or 1
@@ -171,34 +197,35 @@ class Coordinator:
         except DeadlineExceeded as error:
             raise PushAborted(f"{error}; is an inference replica running, and can it reach the ledger?") from error
 
-    def _open(self, record: PushRecord, participants: Participants, deadline: Deadline) -> None:
+    def _open(self, record: PushRecord, participants: Participants, progress: PushProgress, deadline: Deadline) -> None:
         """Ask all replicas at once; returns when each has opened or is dropped. Nobody is written into who has not opened."""
-        asked = {
-            self._pool.submit(self._open_one, record, member, deadline): name
-            for name, member in participants.left.items()
-        }
-        opened: set[str] = set()
+        body, answers = record.to_json(), queue.SimpleQueue[tuple[str, concurrent.futures.Future[str | None]]]()
+        waiting, opened = set(participants.left), set[str]()
+        for name, member in participants.left.items():
+            asked = self._pool.submit(self._open_one, body, member, deadline)
+            asked.add_done_callback(partial(_put, answers, name))
         patience = deadline
+        next_look = Deadline(LEASE_LOOK_S)
         while len(opened) < len(participants.left):
-            done, waiting = concurrent.futures.wait(
-                asked, timeout=OPEN_LOOK_S, return_when=concurrent.futures.FIRST_COMPLETED
-            )
-            refused = {asked[future]: why for future in done if (why := future.result()) is not None}
-            participants.drop({name: f"did not open: {why}" for name, why in refused.items()})
-            opened |= {asked.pop(future) for future in done} - refused.keys()
-            self._fail_early(record, participants)
+            ended = {name: future.result() for name, future in _take_all(answers, LEASE_LOOK_S)}
+            participants.drop({name: f"did not open: {why}" for name, why in ended.items() if why is not None})
+            waiting -= ended.keys()
+            opened |= ended.keys()
+            if next_look.passed:
+                progress.read_all()
+                self._fail_early(record, participants, progress)
+                next_look = Deadline(LEASE_LOOK_S)
             opened &= participants.left.keys()  # one that opened and was lost stands for nobody that has not
             patience = min(patience, participants.patience(len(opened), deadline), key=lambda d: d.moment)
             if patience.passed:
-                what = f"had not opened after {patience.timeout_s:.1f} s"
-                participants.drop({asked[future]: what for future in waiting})
+                participants.drop(dict.fromkeys(waiting, f"had not opened after {patience.timeout_s:.1f} s"))
                 break
 
-    def _open_one(self, record: PushRecord, member: Member, deadline: Deadline) -> str | None:
-        """None when the replica has opened, else why not."""
+    def _open_one(self, body: str, member: Member, deadline: Deadline) -> str | None:
+        """None when the replica has opened for the push record in `body`, else why not."""
         timeout_s = max(deadline.left_s, 0.1)
         try:
-            answer = self._endpoints.post(member.url, "/weightsync/v1/push", record.to_json(), timeout_s=timeout_s)
+            answer = self._endpoints.post(member.url, "/weightsync/v1/push", body, timeout_s=timeout_s)
         except (OSError, http.client.HTTPException) as error:
             return f"{member.url}: {type(error).__name__} {error}"
         return None if answer.ok else answer.message
@@ -207,38 +234,34 @@ class Coordinator:
         self,
         record: PushRecord,
         participants: Participants,
+        progress: PushProgress,
         deadline: Deadline,
-        reached: Callable[[str], Iterable[int]],
+        ranks: Set[int],
+        reached: Callable[[], Iterable[int]],
         what: str,
     ) -> None:
-        """Until every trainer rank has got so far."""
-        missing: set[int] = set(range(self._world_size))
+        """Until these trainer ranks have got so far."""
+        missing: set[int] = set(ranks)
 
         def fetch() -> bool | None:
-            missing.difference_update(reached(record.push_id))
-            self._fail_early(record, participants)
+            missing.difference_update(reached())
+            self._fail_early(record, participants, progress)
             return True if not missing else None
 
-        wait_until(
-            fetch,
-            deadline=deadline,
-            what=what,
-            missing=lambda: f"missing {sorted(missing)}",
-            poll_max_s=STEP_POLL_S,
-        )
+        wait_for(progress, fetch, deadline=deadline, what=what, missing=lambda: f"missing {sorted(missing)}")
 
     def _wait_votes(
-        self, record: PushRecord, participants: Participants, deadline: Deadline
+        self, record: PushRecord, participants: Participants, progress: PushProgress, deadline: Deadline
     ) -> dict[tuple[str, int], Vote]:
         """The votes of all replicas that are left at the end, each of them for the version."""
         patience, missing = deadline, set(participants.left)
 
         def fetch() -> dict[tuple[str, int], Vote] | None:
             nonlocal patience, missing
-            votes = self._ledger.votes(record.push_id)
+            votes = progress.votes
             refused = {v.replica: f"voted no: rank {v.rank}: {v.reason}" for v in votes.values() if not v.ok}
             participants.drop(refused)
-            self._fail_early(record, participants)
+            self._fail_early(record, participants, progress)
             missing = {
                 name
                 for name, member in participants.left.items()
@@ -251,20 +274,19 @@ class Coordinator:
                 missing = set()
             return None if missing else {key: vote for key, vote in votes.items() if key[0] in participants.left}
 
-        return wait_until(
+        return wait_for(
+            progress,
             fetch,
             deadline=deadline,
             what="replicas have not voted",
             missing=lambda: f"missing {sorted(missing)}",
-            poll_max_s=STEP_POLL_S,
         )
 
-    def _fail_early(self, record: PushRecord, participants: Participants) -> None:
-        """Drop who cannot take part any more; raise PushAborted as soon as the push cannot succeed."""
-        verdict = self._ledger.decision(record.push_id)
+    def _fail_early(self, record: PushRecord, participants: Participants, progress: PushProgress) -> None:
+        """Drop who cannot take part any more; raise PushAborted as soon as the push cannot succeed, by what is known."""
+        verdict, reports = progress.verdict, progress.reports.values()
         if verdict is None or verdict.decision is Decision.ABORT:
             raise PushAborted(verdict.reason if verdict else f"the ledger lost push {record.push_id}")
-        reports = self._ledger.writer_reports(record.push_id).values()
         failed = [report for report in reports if not report.ok]
         if failed:
             raise PushAborted(f"trainer rank {failed[0].rank}: {failed[0].reason}")
@@ -278,9 +300,9 @@ class Coordinator:
         dead = self._ledger.lost_members(record.members)
         participants.drop(dict.fromkeys(dead, "is lost: its lease ran out, or it restarted"))
 
-    def _decide_abort(self, record: PushRecord, error: WeightSyncError) -> Verdict:
+    def _decide_abort(self, record: PushRecord, error: Exception) -> Verdict:
         try:
-            return self._ledger.decide(record.push_id, Decision.ABORT, str(error))
+            return self._ledger.decide(record.push_id, Decision.ABORT, str(error) or type(error).__name__)
         except LedgerUnavailable as unreachable:  # the engines abort by themselves, at the deadline
             raise LedgerUnavailable(f"{error}; and the decision could not be told: {unreachable}") from error
 
@@ -289,21 +311,23 @@ class Coordinator:
         record: PushRecord,
         verdict: Verdict,
         participants: Participants,
+        progress: PushProgress,
         votes: Mapping[tuple[str, int], Vote],
         phases: Stopwatch,
         started: float,
         deadline: Deadline,
     ) -> PushSummary:
         """Tell the ledger how the push went, whichever way; raises PushAborted when it was not committed."""
-        applied: dict[str, Applied] = {}
         if verdict.decision is Decision.COMMIT:
             with phases.phase("commit"):
-                applied = self._wait_applied(record, len(participants.left), deadline)
-        reports = self._ledger.writer_reports(record.push_id)
+                self._wait_applied(record, progress, len(participants.left), deadline)
+        else:
+            progress.read_all()
+        applied, reports = progress.applied, progress.reports
         took_s = time.monotonic() - started
-        summary = _summary(record, verdict, participants, votes, applied, reports, phases.seconds, took_s)
+        summary = summarize(record, verdict, participants, votes, applied, reports, phases.seconds, took_s)
         summary = dataclasses.replace(summary, finished_at=self._ledger.now())
-        self._ledger.report_summary(record.push_id, summary)
+        self._ledger.publish_push(summary)
         self._trace(summary, reports, votes, applied, phases)
         if verdict.decision is not Decision.COMMIT:
             raise PushAborted(f"version {record.version} (push {record.push_id}): {verdict.reason}")
@@ -332,128 +356,49 @@ class Coordinator:
         except OSError as error:
             logger.warning("push %s: its trace cannot be written: %s", summary.push_id, error)
 
-    def _wait_applied(self, record: PushRecord, expected: int, deadline: Deadline) -> dict[str, Applied]:
-        def fetch() -> dict[str, Applied] | None:
-            applied = self._ledger.applied(record.push_id)
-            return applied if len(applied) >= expected else None
-
+    def _wait_applied(self, record: PushRecord, progress: PushProgress, expected: int, deadline: Deadline) -> None:
+        """Until so many replicas serve the version, or patience with them is over."""
+        patience = Deadline(min(APPLY_S, max(deadline.left_s, 0.0) + ACCOUNT_S))
         try:
-            patience = Deadline(min(APPLY_S, max(deadline.left_s, 0.0) + ACCOUNT_S))
-            what = "replicas have not said that they serve"
-            return wait_until(fetch, deadline=patience, what=what, poll_max_s=STEP_POLL_S)
+            wait_for(
+                progress,
+                lambda: True if len(progress.applied) >= expected else None,
+                deadline=patience,
+                what="replicas have not said that they serve",
+            )
         except DeadlineExceeded as error:
             logger.warning("push %s is committed, but %s", record.push_id, error)
-            return self._ledger.applied(record.push_id)
 
 
-def converts_on_the_wire(record: PushRecord, contract: Contract) -> bool:
-    """Whether groups travel while others are converted: into staging a push may fail half way. A catch-up converts nothing."""
-    return contract.transfer.commit == "staged" and not record.catch_up
-
-
-def prepare(writer: Writer, record: PushRecord, contract: Contract) -> None:
-    """Convert and measure whatever must be known before the first byte leaves; all ranks do, and wait for each other."""
-    if converts_on_the_wire(record, contract):
-        writer.begin()
-        return
-    if not record.catch_up:
-        writer.fill()
-    writer.measure(record)
-
-
-def write_and_report(
-    ledger: Ledger,
-    writer: Writer,
-    record: PushRecord,
-    contract: Contract,
-    replicas: Set[str],
-    rank: int,
+def wait_for(
+    progress: PushProgress,
+    fetch: Callable[[], T | None],
+    *,
     deadline: Deadline,
-    watch: Stopwatch,
-) -> None:
-    """Write this rank's part into `replicas`, and tell the ledger how it ended, and where bytes may still move."""
-    write = writer.convert_and_write if converts_on_the_wire(record, contract) else writer.write
-    try:
-        with watch.phase("wire"):
-            written = write(record, replicas, deadline, _LostReplicas(ledger, record))
-    except WeightSyncError as error:
-        ledger.report_writer(record.push_id, WriterReport(rank=rank, ok=False, reason=str(error)))
-        raise
-    watch.spans += writer.wire_spans(record, replicas)
-    moved_by = transports_in_use()
-    report = WriterReport(
-        rank=rank,
-        ok=True,
-        bytes=written.bytes,
-        failed=written.failed,
-        in_flight=written.in_flight,
-        spans=watch.told(ledger.clock_of),
-        transports=moved_by.names,
-        transport_proof=moved_by.proof,
+    what: str,
+    missing: Callable[[], str] = lambda: "",
+) -> T:
+    """`wait_until` of what is known of a push, which is looked at whenever somebody has told something, or nobody for a while."""
+    return wait_until(
+        fetch,
+        deadline=deadline,
+        what=what,
+        missing=missing,
+        poll_s=LEASE_LOOK_S,
+        poll_max_s=LEASE_LOOK_S,
+        pause=progress.take,
     )
-    ledger.report_writer(record.push_id, report)
 
 
-class _LostReplicas:
-    """Which replicas of a push are dead; asks the ledger at most every LOST_LOOK_S, and believes nobody dead without it."""
-
-    def __init__(self, ledger: Ledger, record: PushRecord) -> None:
-        self._ledger = ledger
-        self._record = record
-        self._known: frozenset[str] = frozenset()
-        self._next_look = Deadline(LOST_LOOK_S)
-
-    def __call__(self) -> frozenset[str]:
-        if self._next_look.passed:
-            with suppress(LedgerUnavailable):
-                patient = self._ledger.until(time.monotonic() + LOST_LOOK_S)
-                self._known = frozenset(patient.lost_members(self._record.members))
-            self._next_look = Deadline(LOST_LOOK_S)
-        return self._known
+def _put(answers: queue.SimpleQueue[tuple[str, T]], name: str, answer: T) -> None:
+    answers.put((name, answer))
 
 
-def _summary(
-    record: PushRecord,
-    verdict: Verdict,
-    participants: Participants,
-    votes: Mapping[tuple[str, int], Vote],
-    applied: Mapping[str, Applied],
-    reports: Mapping[int, WriterReport],
-    phases: Mapping[str, float],
-    seconds: float,
-) -> PushSummary:
-    committed = verdict.decision is Decision.COMMIT
-    received = sum(vote.bytes for vote in votes.values())
-    wire_s = max((seconds_of(report.spans).get("wire", 0.0) for report in reports.values()), default=0.0)
-    holders = sorted(participants.left) if committed else sorted(record.members)
-    digests = {replica: sum(int(v.digest, 16) for v in votes.values() if v.replica == replica) for replica in holders}
-    measured = {verify.to_hex(digest) for digest in digests.values()}
-    served = [verify.to_hex(sum(int(part, 16) for part in item.digest.split("+"))) for item in applied.values()]
-    moved_by = agree_on_transports(
-        Transports(names=report.transports, proof=report.transport_proof) for report in reports.values() if report.bytes
-    )
-    return PushSummary(
-        push_id=record.push_id,
-        epoch=record.epoch,
-        version=record.version,
-        step=record.step,
-        outcome=verdict.decision,
-        reason=verdict.reason,
-        catch_up=record.catch_up,
-        seconds=seconds,
-        bytes=received,
-        gbps=received / wire_s / 1e9 if wire_s and received else 0.0,
-        pause_seconds=max((item.pause_seconds for item in applied.values()), default=0.0),
-        phases=dict(phases),
-        copy_seconds=max((item.copy_seconds for item in applied.values()), default=0.0),
-        replicas=holders,
-        dropped=participants.dropped,
-        digest=min(measured) if committed else "",
-        digest_ok=committed
-        and record.verify != "off"
-        and applied.keys() >= set(holders)
-        and len(measured) == 1
-        and set(served) == measured,
-        transports=moved_by.names,
-        transport_proof=moved_by.proof,
-    )
+def _take_all(answers: queue.SimpleQueue[tuple[str, T]], timeout_s: float) -> list[tuple[str, T]]:
+    """Those that are there; waits for a first one no longer than that."""
+    taken = []
+    with suppress(queue.Empty):
+        taken.append(answers.get(timeout=timeout_s))
+        while True:
+            taken.append(answers.get_nowait())
+    return taken

@@ -4,7 +4,7 @@ Imports torch and Triton; the same numbers as `verify`, which defines them.
 """
 
 # Triton compiles these functions itself; what its types promise Python is not what they do.
-# pyright: reportCallIssue=false, reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportOperatorIssue=false, reportArgumentType=false, reportAssignmentType=false
 from __future__ import annotations
 
 import dataclasses
@@ -125,6 +125,16 @@ def _dot4(a, b):
 
 
 @triton.jit
+def _sum16(value, factors, j: tl.constexpr, ROWS: tl.constexpr):
+    """[ROWS, 16] u32: 16 elements of one byte by bytes j and j + 1 of their factors; at most 16 * 255 * 65535, 28 bits."""
+    word = tl.arange(0, 64)
+    lower = tl.broadcast_to(tl.load(factors + 256 + j * 64 + word)[None, :], (ROWS, 64))
+    upper = tl.broadcast_to(tl.load(factors + 256 + (j + 1) * 64 + word)[None, :], (ROWS, 64))
+    dots = _dot4(value, lower) + (_dot4(value, upper) << 8)
+    return tl.sum(tl.reshape(dots, (ROWS, 16, 4)), axis=2)
+
+
+@triton.jit
 def _digest_rows(
     table,
     programs,
@@ -145,14 +155,19 @@ def _digest_rows(
     hashed = tl.load(table + index * 4 + 3).to(tl.uint64, bitcast=True)
     PER_WORD: tl.constexpr = 4 // SIZE
     WORDS: tl.constexpr = 256 // PER_WORD
+    # Words whose products are added up before they are weighted, and how many such sums a row has.
+    TOGETHER: tl.constexpr = 4 if SIZE == 1 and EVEN else 1
+    SUMS: tl.constexpr = WORDS // TOGETHER
     word = tl.arange(0, WORDS)
     offset = tl.arange(0, ROWS)[:, None] * WORDS + word[None, :]
+    first_word = tl.arange(0, ROWS)[:, None] * WORDS + tl.arange(0, SUMS)[None, :] * TOGETHER
     first_row = start // 256
     skew = start % 256
-    total = tl.zeros((ROWS, WORDS), dtype=tl.uint64)
-    ones = tl.zeros((WORDS,), dtype=tl.uint64)  # what the `+ 1` of each element comes to, by word
-    for k in tl.static_range(PER_WORD):
-        ones += tl.load(factors + word * PER_WORD + k).to(tl.uint32, bitcast=True).to(tl.uint64)
+    total = tl.zeros((ROWS, SUMS), dtype=tl.uint64)
+    ones = tl.zeros((SUMS,), dtype=tl.uint64)  # what the `+ 1` of each element comes to, by sum
+    for k in tl.static_range(PER_WORD * TOGETHER):
+        added = tl.load(factors + tl.arange(0, SUMS) * PER_WORD * TOGETHER + k)
+        ones += added.to(tl.uint32, bitcast=True).to(tl.uint64)
     for look in range(LOOKS):
         row = (number * LOOKS + look).to(tl.int64) * ROWS
         weight = _splitmix((first_row + row + tl.arange(0, ROWS)).to(tl.uint64) + hashed) | 1
@@ -165,11 +180,10 @@ def _digest_rows(
             here = (offset >= low) & (offset < high)
             tile = (address + element * SIZE).to(tl.pointer_type(tl.uint32))
             value = tl.load(tl.multiple_of(tile + offset, (1, 16)), mask=here, other=0)
-            partial = tl.broadcast_to(ones[None, :], (ROWS, WORDS))
+            partial = tl.broadcast_to(ones[None, :], (ROWS, SUMS))
             if SIZE == 1:
-                for j in tl.static_range(4):
-                    by_byte = tl.load(factors + 256 + j * 64 + word)[None, :]
-                    partial += _dot4(value, tl.broadcast_to(by_byte, (ROWS, WORDS))).to(tl.uint64) << (8 * j)
+                partial += _sum16(value, factors, 0, ROWS).to(tl.uint64)
+                partial += _sum16(value, factors, 2, ROWS).to(tl.uint64) << 16
             elif SIZE == 2:
                 even = tl.load(factors + word * 2).to(tl.uint32, bitcast=True)[None, :]
                 odd = tl.load(factors + word * 2 + 1).to(tl.uint32, bitcast=True)[None, :]
@@ -178,7 +192,7 @@ def _digest_rows(
             else:
                 factor = tl.load(factors + word).to(tl.uint32, bitcast=True)[None, :]
                 partial += value.to(tl.uint64) * factor.to(tl.uint64)
-            partial = tl.where(here, partial, 0)
+            partial = tl.where((first_word >= low) & (first_word < high), partial, 0)
         else:
             partial = tl.zeros((ROWS, WORDS), dtype=tl.uint64)
             for k in tl.static_range(PER_WORD):

@@ -40,7 +40,7 @@ class LedgerUnavailable(WeightSyncError):
 
 
 class RendezvousUnavailable(WeightSyncError):
-    """ModelExpress did not answer within its deadline, or does not know a member. Retry later."""
+    """ModelExpress did not answer within its deadline, or has nothing that a member published. Retry later."""
 
 
 class TransportError(WeightSyncError):

@@ -50,21 +50,23 @@ class WritesMeter:
 
     def __init__(self, arena: Tensor, writes: np.ndarray, targets: Sequence[Target]) -> None:
         self._arena, self._writes, self._targets = arena, writes, targets
+        self._sums: Mapping[int, int] = {}
         self._device = _DeviceSums(_pieces(arena, writes, targets)) if arena.is_cuda and len(writes) else None
 
     def launch(self) -> None:
-        """On a GPU, begin to measure on the current stream; `read` waits for the result."""
+        """Measure the arena as it is now; on a GPU on the current stream, and `read` waits for the result."""
         if self._device is not None:
             self._device.launch()
+        elif len(self._writes):
+            self._sums = verify.digest_writes(self._arena, self._writes, self._targets)
 
     @classmethod
     def read(cls, meters: Sequence[WritesMeter]) -> dict[int, int]:
-        """Partial digests of all meters together; on a GPU those of the last launch. Targets that get nothing are absent."""
+        """Partial digests of all meters together as of their last launch. Targets that get nothing are absent."""
         totals = cast(dict[int, int], _read([meter._device for meter in meters if meter._device is not None]))
         for meter in meters:
-            if meter._device is None:
-                for index, digest in verify.digest_writes(meter._arena, meter._writes, meter._targets).items():
-                    totals[index] = (totals.get(index, 0) + digest) & verify.MASK
+            for index, digest in meter._sums.items():
+                totals[index] = (totals.get(index, 0) + digest) & verify.MASK
         return totals
 
 

@@ -7,7 +7,7 @@ servers. Imports prometheus_client and the runtime's records only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest, start_http_server
 
@@ -97,9 +97,21 @@ class ReplicaMetrics:
             ["outcome"],
             registry=registry,
         )
+        self._repairs = Counter(
+            "weightsync_replica_repairs",
+            "Repairs from a peer that it began, by how they ended.",
+            ["outcome"],
+            registry=registry,
+        )
         self._bytes = Gauge(
             "weightsync_replica_received_bytes",
             "Payload counted and verified by its ranks since they began.",
+            registry=registry,
+        )
+        self._target_bytes = Gauge(
+            "weightsync_replica_target_bytes",
+            "Payload of one push by where it lands: direct, or in load format to be replayed.",
+            ["kind"],
             registry=registry,
         )
         self._version = Gauge("weightsync_replica_version", "Version that the live weights hold.", registry=registry)
@@ -130,14 +142,27 @@ class ReplicaMetrics:
         """A push that was opened here was not committed."""
         self._pushes.labels("aborted").inc()
 
+    def repair_ended(self, outcome: str) -> None:
+        """A repair of this replica by a peer has ended: repaired or failed."""
+        self._repairs.labels(outcome).inc()
+
     def render(
-        self, *, state: ReplicaState, version: int, committed: int | None, serving: bool, received_bytes: int
+        self,
+        *,
+        state: ReplicaState,
+        version: int,
+        committed: int | None,
+        serving: bool,
+        received_bytes: int,
+        target_bytes: Mapping[str, int],
     ) -> bytes:
         """The text for a scrape, with what the replica is now. `committed` is None until the ledger was read."""
         self._version.set(version)
         self._committed.set(math.nan if committed is None else committed)
         self._serving.set(serving)
         self._bytes.set(received_bytes)
+        for kind, count in target_bytes.items():
+            self._target_bytes.labels(kind).set(count)
         for each in ReplicaState:
             self._state.labels(each).set(each is state)
         return generate_latest(self.registry)

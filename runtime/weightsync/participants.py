@@ -27,22 +27,20 @@ class Participants:
     """
 
     def __init__(self, members: Mapping[str, Member], quorum: int | None) -> None:
-        self._members = dict(members)
+        self._of = len(members)
+        self.left = dict(members)
+        """Those that may still hold the version, by name."""
         self.quorum = len(members) if quorum is None else quorum
         self.dropped: dict[str, str] = {}
         """Why, by replica."""
         self._check()
-
-    @property
-    def left(self) -> dict[str, Member]:
-        """Those that may still hold the version, by name."""
-        return {name: member for name, member in self._members.items() if name not in self.dropped}
 
     def drop(self, reasons: Mapping[str, str]) -> None:
         """Go on without these replicas (name -> why); names that are no member, or dropped before, change nothing."""
         new = {name: why for name, why in reasons.items() if name in self.left}
         self.dropped |= new
         for name, why in new.items():
+            del self.left[name]
             logger.warning("going on without %s: %s", name, why)
         self._check()
 
@@ -55,6 +53,4 @@ class Participants:
     def _check(self) -> None:
         if len(self.left) < self.quorum:
             told = "; ".join(f"{name} {why}" for name, why in list(self.dropped.items())[:3]) or "nobody else lives"
-            raise PushAborted(
-                f"{len(self.left)} of {len(self._members)} replicas are left, {self.quorum} are needed: {told}"
-            )
+            raise PushAborted(f"{len(self.left)} of {self._of} replicas are left, {self.quorum} are needed: {told}")

@@ -37,7 +37,14 @@ ARCHITECTURES = frozenset(
 """Families with a mapping in `layout.families`, each tested against what its module saves."""
 PUSHED_DTYPES = frozenset({"BF16", "F32"})
 
+QUANTIZED_DTYPES = frozenset({"F8_E4M3"})
+BLOCK = [128, 128]
+"""Rows and columns of an FP8 block that a push can write."""
+
 TP_FIELD = "spec.inference.parallelism.tp"
+EP_FIELD = "spec.inference.parallelism.ep"
+BUDGET_FIELD = "spec.transfer.stagingBudgetGiB"
+QUANTIZATION_FIELD = "spec.inference.quantization"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +55,14 @@ class Question:
     model_field: str
     """Field of the spec that says where the model is."""
     tensor_parallel: int
+    data_parallel: int = 1
+    expert_parallel: int = 1
+    quantization: str = "none"
+    """none, or fp8: a serialized checkpoint with blocks of 128 x 128."""
+    staging_budget_bytes: int | None = None
+    """What a staged push may take in one engine rank; None for no bound."""
+    host_limit_bytes: int | None = None
+    """Memory limit of an engine's container that stages in host memory; None for no limit."""
 
     @classmethod
     def load(cls, environ: Mapping[str, str] = os.environ) -> Self:
@@ -58,9 +73,18 @@ class Question:
                 model_path=Path(value["modelPath"]),
                 model_field=value["modelField"],
                 tensor_parallel=int(value["tensorParallel"]),
+                data_parallel=int(value.get("dataParallel", 1)),
+                expert_parallel=int(value.get("expertParallel", 1)),
+                quantization=str(value.get("quantization", "none")),
+                staging_budget_bytes=_whole(value.get("stagingBudgetBytes")),
+                host_limit_bytes=_whole(value.get("hostLimitBytes")),
             )
         except (KeyError, ValueError, TypeError) as error:
             raise ConfigError(f"WEIGHTSYNC_PREFLIGHT is not what the operator writes: {error!r}") from error
+
+
+def _whole(value: Any) -> int | None:
+    return None if value is None else int(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +127,7 @@ def inspect_model(question: Question) -> Verdict:
         *_family_faults(config, question),
         *_parallel_faults(config, question),
         *_tensor_faults(tensors, question),
+        *_memory_faults(config, tensors, question),
     ]
     return Verdict(
         errors=tuple(faults),
@@ -178,9 +203,23 @@ def _family_faults(config: Mapping[str, Any], question: Question) -> Iterator[Fa
         yield Fault(
             question.model_field, f"architecture {architecture or '(none)'} is not supported; supported: {known}"
         )
-    if "quantization_config" in config:
-        method = (config["quantization_config"] or {}).get("quant_method", "unknown")
-        yield Fault(question.model_field, f"the checkpoint is quantized ({method}); format bf16 needs a plain one")
+    yield from _quantization_faults(config.get("quantization_config"), question)
+
+
+def _quantization_faults(stored: Any, question: Question) -> Iterator[Fault]:
+    method = (stored or {}).get("quant_method", "unknown")
+    if question.quantization == "none":
+        if stored is not None:
+            yield Fault(question.model_field, f"the checkpoint is quantized ({method}); format bf16 needs a plain one")
+    elif stored is None:
+        yield Fault(
+            QUANTIZATION_FIELD, "fp8 is a checkpoint that holds FP8 weights, and this one is plain: leave it out"
+        )
+    elif method != "fp8" or stored.get("weight_block_size") != BLOCK:
+        found = f"{method} with blocks {stored.get('weight_block_size')}"
+        yield Fault(
+            QUANTIZATION_FIELD, f"the checkpoint is quantized as {found}; a push writes fp8 with blocks {BLOCK}"
+        )
 
 
 def _parallel_faults(config: Mapping[str, Any], question: Question) -> Iterator[Fault]:
@@ -195,10 +234,30 @@ def _parallel_faults(config: Mapping[str, Any], question: Question) -> Iterator[
     kv_heads = config.get("num_key_value_heads") or heads
     if kv_heads % tp and tp % kv_heads:
         yield Fault(TP_FIELD, f"{kv_heads} key-value heads can be neither split nor repeated evenly over tp {tp}")
-    for field in ("intermediate_size", "moe_intermediate_size"):
+    # Expert parallelism gives each rank whole experts; without it each is sliced over data-parallel ranks, too.
+    sliced = {"intermediate_size": tp}
+    if question.expert_parallel == 1:
+        sliced["moe_intermediate_size"] = tp * question.data_parallel
+    for field, ranks in sliced.items():
         size = config.get(field)
-        if isinstance(size, int) and size % tp:
-            yield Fault(TP_FIELD, f"{field} {size} is not divisible by tp {tp}")
+        if isinstance(size, int) and size % ranks:
+            words = f"tp {tp}" if ranks == tp else f"tp * dp {ranks}"
+            yield Fault(TP_FIELD, f"{field} {size} is not divisible by {words}")
+    yield from _expert_faults(config, question)
+
+
+def _experts(config: Mapping[str, Any]) -> int:
+    """Experts of a layer; 0 of a dense model."""
+    fields = ("num_experts", "n_routed_experts", "num_local_experts")
+    return next((config[field] for field in fields if isinstance(config.get(field), int)), 0)
+
+
+def _expert_faults(config: Mapping[str, Any], question: Question) -> Iterator[Fault]:
+    ep, experts = question.expert_parallel, _experts(config)
+    if ep > 1 and not experts:
+        yield Fault(EP_FIELD, f"the model has no experts that ep {ep} could share out")
+    elif experts % ep:
+        yield Fault(EP_FIELD, f"{experts} experts are not divisible by ep {ep}; possible: {_divisors(experts)}")
 
 
 def _divisors(number: int) -> str:
@@ -206,11 +265,34 @@ def _divisors(number: int) -> str:
 
 
 def _tensor_faults(tensors: Mapping[str, Any], question: Question) -> Iterator[Fault]:
-    others = sorted({tensor["dtype"] for tensor in tensors.values()} - PUSHED_DTYPES)
+    known = PUSHED_DTYPES | (QUANTIZED_DTYPES if question.quantization == "fp8" else frozenset())
+    others = sorted({tensor["dtype"] for tensor in tensors.values()} - known)
     if others:
         example = next(name for name, tensor in sorted(tensors.items()) if tensor["dtype"] in others)
         message = f"dtype {', '.join(others)} (as in {example}) cannot be pushed as bf16; supported: BF16, F32"
         yield Fault(question.model_field, message)
+
+
+def _memory_faults(config: Mapping[str, Any], tensors: Mapping[str, Any], question: Question) -> Iterator[Fault]:
+    """What cannot fit for certain: a rank stages at least its even share of the weights. Engines hold fp32 tensors as bf16.
+
+    Data-parallel ranks of a dense model hold a copy each; of a mixture of experts they share at least the experts.
+    """
+    stored = ((tensor["dtype"], tensor["data_offsets"]) for tensor in tensors.values())
+    once = sum((end - start) // (2 if dtype == "F32" else 1) for dtype, (start, end) in stored)
+    staged = once if _experts(config) else once * question.data_parallel
+    share = staged // (question.tensor_parallel * question.data_parallel)
+    budget, limit = question.staging_budget_bytes, question.host_limit_bytes
+    if budget is not None and share > budget:
+        words = f"staging takes at least {share} bytes of weights a rank ({_gib(share)}), the budget is {budget} bytes"
+        yield Fault(BUDGET_FIELD, f"{words} ({_gib(budget)})")
+    if limit is not None and staged > limit:
+        words = f"staging pinnedHost takes at least {staged} bytes in all ranks ({_gib(staged)}), the engine's memory limit is"
+        yield Fault("spec.inference.podTemplate", f"{words} {limit} bytes ({_gib(limit)})")
+
+
+def _gib(length_bytes: int) -> str:
+    return f"{length_bytes / 2**30:.1f} GiB"
 
 
 def main() -> int:

@@ -9,7 +9,8 @@
 Every rank makes one and calls `push` for the same steps. A push converts this rank's shards into its slot arena, and returns
 when every engine serves them; the model may be changed at once. Between pushes a thread brings engines that start, restart or
 were torn up to the version that the arenas still hold, whatever the trainer is doing, so that a loop that samples from the
-engines never waits for a push that waits for it. Imports torch and torch.distributed, never vLLM.
+engines never waits for a push that waits for it. With `transfer.arenaBudget` arenas hold no whole version: engines are brought
+up by their peers then, or by the next push. Imports torch and torch.distributed, never vLLM.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from typing import Any, Self, TypeVar
 import torch
 import torch.distributed as dist
 
+from weightsync import collector
+from weightsync.accounts import unaccounted
 from weightsync.config import Contract, PodFacts
-from weightsync.coordinator import Coordinator, prepare, write_and_report
+from weightsync.coordinator import Coordinator
 from weightsync.errors import (
     ConfigError,
     ConversionError,
@@ -41,6 +44,8 @@ from weightsync.layout.families import family_of
 from weightsync.layout.records import SourceLayout
 from weightsync.layout.shards import LocalSources, named_tensors, sources_of
 from weightsync.metrics import TrainerMetrics
+from weightsync.predecessor import account_for_predecessor
+from weightsync.push_steps import prepare, write_and_report
 from weightsync.rendezvous.heartbeat import writer_heartbeat
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.modelexpress import Rendezvous
@@ -119,6 +124,7 @@ class Publisher:
             layouts=layouts,
             format_=contract.transfer.format,
             agree=self._make_agree(),
+            budget_bytes=contract.transfer.arena_budget_bytes,
         )
         self._writer = Writer(rank=self._rank, agent=self._agent, slots=slots, rendezvous=self._rendezvous)
         self._coordinator = self._make_coordinator()
@@ -241,7 +247,11 @@ class Publisher:
         except WeightSyncError as error:
             self._refuse(record, str(error))
             raise PushAborted(f"push {record.push_id}: {error}") from error
-        return self._outcome(record, deadline)
+        except Exception as error:  # a device without memory, say: nobody need wait for the deadline
+            self._refuse(record, str(error) or type(error).__name__)
+            raise
+        with self._writer.delivering():
+            return self._outcome(record, deadline)
 
     def _wait_planned(self, record: PushRecord, deadline: Deadline) -> None:
         """Until every rank has planned: in an exchange of scales, one that stays away would hold the others."""
@@ -280,7 +290,7 @@ class Publisher:
             if verdict is None or verdict.decision is not Decision.COMMIT:
                 raise
             logger.warning("push %s is committed, without an account: %s", record.push_id, error)
-            return _unaccounted(record)
+            return unaccounted(record, verdict)
         if summary.outcome != Decision.COMMIT:
             raise PushAborted(f"version {record.version} (push {record.push_id}): {summary.reason}")
         return summary
@@ -371,9 +381,20 @@ class Publisher:
 
     def _agree_on_epoch(self, given: int | None) -> int:
         """The operator's epoch, or the next free one; rank 0 asks the ledger and tells the others."""
-        epoch = self._ledger.until(time.monotonic() + START_TIMEOUT_S).open_epoch(given) if self._rank == 0 else 0
-        return self._exchange(epoch)[0]
+        return self._exchange(self._open_epoch(given) if self._rank == 0 else 0)[0]
 
+    def _open_epoch(self, given: int | None) -> int:
+        ledger = self._ledger.until(time.monotonic() + START_TIMEOUT_S)
+        before = ledger.head().epoch
+        epoch = ledger.open_epoch(given)
+        if before < epoch:
+            try:
+                account_for_predecessor(ledger, before, epoch)
+            except Exception:  # an account is missing then; the others wait for this epoch
+                logger.exception("the last push of epoch %d stays without an account", before)
+        return epoch
+
+    @collector.paused()
     def _gather_layouts(self) -> list[SourceLayout]:
         packed = self._exchange(self._local.layout(self._rank).to_bytes())
         return [SourceLayout.from_bytes(data) for data in packed]
@@ -401,19 +422,6 @@ def _config_of(model: torch.nn.Module) -> dict[str, Any]:
             f"{type(model).__name__} has no Hugging Face `config`: it names the family that maps parameters to the checkpoint"
         )
     return config.to_dict()
-
-
-def _unaccounted(record: PushRecord) -> PushSummary:
-    """What is known of a committed push whose coordinator has not told more."""
-    return PushSummary(
-        push_id=record.push_id,
-        epoch=record.epoch,
-        version=record.version,
-        step=record.step,
-        outcome=Decision.COMMIT,
-        catch_up=record.catch_up,
-        replicas=sorted(record.members),
-    )
 
 
 def _report(summary: PushSummary) -> PushReport:

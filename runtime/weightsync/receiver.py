@@ -13,68 +13,30 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 
 from weightsync import verify
 from weightsync.config import Contract, PodFacts
-from weightsync.errors import FencedOut, LedgerUnavailable, WeightSyncError
+from weightsync.errors import FencedOut, WeightSyncError
 from weightsync.layout.records import TargetLayout
+from weightsync.lender import Lender
 from weightsync.meter import TensorMeter
+from weightsync.quarantine import Quarantine
+from weightsync.rank_state import Description, Held
 from weightsync.reception import Reception
 from weightsync.rendezvous.fencing import Fence
 from weightsync.rendezvous.heartbeat import Heartbeat
-from weightsync.rendezvous.incarnation import replica_ranks
+from weightsync.rendezvous.incarnation import process_word, replica_ranks
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.modelexpress import EngineDescriptor, RemoteTensor, Rendezvous, source_heartbeat
 from weightsync.rendezvous.records import PushRecord
+from weightsync.replay import Replay
 from weightsync.staging import StagingArena, copy_all
 from weightsync.transport import Agent
 from weightsync.wire import ReplicaState
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Held:
-    """A version whose bytes were measured in live memory."""
-
-    epoch: int
-    version: int
-    digests: Mapping[str, int]
-    """Digest by name of each target that was measured: all of them, or those that the push chose."""
-
-    @property
-    def order(self) -> tuple[int, int]:
-        return (self.epoch, self.version)
-
-    @property
-    def digest(self) -> str:
-        return verify.to_hex(sum(self.digests.values()))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Description:
-    """What the receiver tells the replica it belongs to; picklable, since it crosses vLLM's RPC."""
-
-    rank: int
-    incarnation: str
-    layout_digest: str
-    state: str
-    epoch: int
-    version: int
-    seen_epoch: int
-    digest: str
-    reason: str
-    torn: bool
-    """Whether live memory is not what any version was, also while a push is open that repairs it."""
-    push_id: str
-    """The push that was opened last; empty before any."""
-    copy_seconds: float
-    """What the last staged commit took to copy, wait for the device included; 0 in place."""
-    received_bytes: int = 0
-    """Payload that writers brought and this rank verified, since it began."""
 
 
 class Receiver:
@@ -84,6 +46,7 @@ class Receiver:
     layout: where their elements come from, as traced from the engine's loader; its targets are a subset of `params`.
     staging: where pushes land with `commit: staged`; None in place. It has a copy of every target.
     refresh: computes anew what the engine derives from its parameters, in place; called while it is paused.
+    replay: the modules that are loaded anew from targets of their own; None when every target is a parameter.
     """
 
     def __init__(
@@ -99,18 +62,22 @@ class Receiver:
         rendezvous: Rendezvous,
         staging: StagingArena | None = None,
         refresh: Callable[[], None] = lambda: None,
+        replay: Replay | None = None,
     ) -> None:
         self._contract = contract
         self._replica = replica
         self._rank = rank
-        self._params = {target.name: params[target.name] for target in layout.targets}
+        self._replay = replay
+        staged = {} if replay is None else replay.staged
+        self._params = {t.name: params[t.name] for t in layout.targets if t.name not in staged}
+        self._replayed_bytes = sum(tensor.nbytes for tensor in staged.values())
         self._layout = layout
         self._ledger = ledger
         self._rendezvous = rendezvous
         self._staging = staging
         self._refresh = refresh
         self._lock = threading.RLock()
-        self._process = f"{facts.uid}-{time.time_ns() // 1_000_000:x}"
+        self._process = process_word(facts.uid)
         self._generation = 0
         self._meter = TensorMeter(self._params)
         self._fills = self._measure_fills()
@@ -118,12 +85,25 @@ class Receiver:
         self._reason = ""
         self._torn = False
         self._copy_seconds = 0.0
-        self._held = Held(epoch=0, version=0, digests=self._meter.measure())
+        self._held = Held(
+            epoch=0,
+            version=0,
+            digests={**self._meter.measure(), **TensorMeter(staged).measure()},
+            replayed={} if replay is None else replay.measure(),
+        )
         self._seen_epoch = 0
         self._last_push = ""
         self._received_bytes = 0
         self._reception: Reception | None = None
-        self._unsettled: tuple[PushRecord, frozenset[int]] | None = None
+        self._quarantine = Quarantine(replica=replica, rank=rank, ledger=ledger, profile=contract.fabric.profile)
+        self._lender = Lender(
+            rank=rank,
+            params=self._params,
+            covers=replay is None and params.keys() == self._params.keys(),
+            layout_digest=layout.digest(),
+            ledger=ledger,
+            rendezvous=rendezvous,
+        )
         self._heartbeat: Heartbeat
         self._agent = self._new_agent()
 
@@ -149,6 +129,9 @@ class Receiver:
                 push_id=self._last_push,
                 copy_seconds=self._copy_seconds,
                 received_bytes=self._received_bytes,
+                lends=self._lender.able,
+                direct_bytes=self._layout.wanted_bytes - self._replayed_bytes,
+                replayed_bytes=self._replayed_bytes,
             )
 
     def open(self, record: PushRecord) -> Description:
@@ -159,8 +142,10 @@ class Receiver:
         """
         with self._lock:
             self._check_fence(record)
-            self._check_settled(record)
+            self._quarantine.check(record)
             self._seen_epoch = max(self._seen_epoch, record.epoch)
+            if self._staging is None:
+                self._lender.memory_changes()
             reception = Reception(
                 record=record,
                 fence=Fence.of(record, self._layout.digest()),
@@ -169,10 +154,11 @@ class Receiver:
                 replica=self._replica,
                 rank=self._rank,
                 landing=self._landing_meter,
-                names=self._params,
-                fills=self._fills,
-                payload_bytes=self._layout.wanted_bytes,
+                names=self._landing,
+                fills={} if record.source else self._fills,
+                payload_bytes=self._whole_bytes if record.source else self._layout.wanted_bytes,
                 on_checked=self._checked,
+                prepare=self._prepared,
             )
             self._state, self._last_push, self._reception = ReplicaState.OPEN, record.push_id, reception
             reception.start()
@@ -191,7 +177,8 @@ class Receiver:
                 raise WeightSyncError(
                     f"push {push_id} is committed but this rank is {self._state}: {self._reason or 'not verified'}"
                 )
-            wrong = self._apply(reception)
+            self._torn = True  # whatever raises from here on leaves a mixture
+            wrong, replayed = self._apply(reception)
             self._refresh()
             self._reception, self._torn = None, bool(wrong)
             if wrong:
@@ -199,7 +186,9 @@ class Receiver:
                 self._reason = f"{_names(wrong)} of push {push_id} came out of the copy changed"
             else:
                 record = reception.record
-                self._held = Held(epoch=record.epoch, version=record.version, digests=reception.digests)
+                self._held = Held(
+                    epoch=record.epoch, version=record.version, digests=reception.digests, replayed=replayed
+                )
                 self._state, self._reason = ReplicaState.CLEAN, ""
             return self.describe()
 
@@ -220,10 +209,20 @@ class Receiver:
             )
             return self.describe()
 
+    def lend(self, record: PushRecord) -> Description:
+        """Write live memory into the replica that `record` repairs, on a thread; it tells the ledger how that ended, or why not.
+
+        This rank goes on serving and taking pushes meanwhile: one that changes live memory ends the loan.
+        """
+        with self._lock:
+            whole = self._held.digests.keys() == self._params.keys()
+            self._lender.lend(record, self._held.digests if whole else None, why_not=self._unfit_to_lend(record))
+            return self.describe()
+
     def verify(self) -> Description:
         """Measure live memory again and compare with what this rank holds; DIRTY when they differ. Only while CLEAN."""
         with self._lock:
-            if self._state is ReplicaState.CLEAN and (wrong := self._differing(self._held.digests)):
+            if self._state is ReplicaState.CLEAN and (wrong := self._changed()):
                 self._state, self._torn = ReplicaState.DIRTY, True
                 self._reason = f"{_names(wrong)} differ from version {self._held.version}"
             return self.describe()
@@ -232,6 +231,7 @@ class Receiver:
         """Stop receiving and destroy the agent."""
         if self._reception is not None:
             self._reception.stop()
+        self._lender.close()
         with self._lock:
             self._heartbeat.close()
             self._agent.close()
@@ -239,9 +239,23 @@ class Receiver:
     @property
     def _landing(self) -> Mapping[str, torch.Tensor]:
         """Where writers write, by target name."""
+        staged = {} if self._replay is None else self._replay.staged
         if self._staging is None:
-            return self._params
-        return {name: self._staging.tensors[name] for name in self._params}
+            return {**self._params, **staged}
+        return {**{name: self._staging.tensors[name] for name in self._params}, **staged}
+
+    def _prepared(self, wanted: Callable[[], bool]) -> str:
+        """On the reception's thread: make what is replayed of what was sent. Returns why that is impossible, or nothing."""
+        if self._replay is None:
+            return ""
+        try:
+            self._replay.prepare(wanted)
+        except WeightSyncError as error:
+            return str(error)
+        except Exception as error:  # of the engine's own loader: the push must hear why, not wait for a vote
+            logger.exception("a replay failed")
+            return f"the replay failed: {type(error).__name__}: {error}"
+        return ""
 
     def _checked(self, faults: str, received_bytes: int) -> bool:
         """On the reception's thread. False when the push has ended meanwhile."""
@@ -255,29 +269,47 @@ class Receiver:
                 self._received_bytes += received_bytes
             return True
 
-    def _apply(self, reception: Reception) -> list[str]:
-        """Staged: copy what was verified into live memory; returns the targets that are not the same there."""
-        if self._staging is None:
-            return []
+    def _apply(self, reception: Reception) -> tuple[list[str], Mapping[str, int]]:
+        """Copy what was verified, and what was made of it, into live memory.
+
+        Returns the targets and tensors that are not the same there, and the digests of what was replayed.
+        """
+        if self._staging is not None:
+            self._lender.memory_changes()
         started = time.monotonic()
-        copy_all(self._landing, self._params)
-        self._copy_seconds = time.monotonic() - started
-        return self._differing(reception.digests)
+        replayed = {} if self._replay is None else self._replay.apply()
+        if self._staging is not None:
+            copy_all(self._landing, self._params)
+        if self._staging is not None or replayed:
+            self._copy_seconds = time.monotonic() - started
+        wrong = [] if self._staging is None else self._differing(reception.digests)
+        return wrong + self._differing_replayed(replayed), replayed
+
+    def _changed(self) -> list[str]:
+        """What live memory holds otherwise than this rank's version."""
+        return self._differing(self._held.digests) + self._differing_replayed(self._held.replayed)
 
     def _differing(self, digests: Mapping[str, int]) -> list[str]:
-        """Which of these targets live memory holds otherwise."""
+        """Which of these targets live memory holds otherwise; those in load format are not there."""
         measured = self._meter.measure(digests)
+        return sorted(name for name in measured if measured[name] != digests[name])
+
+    def _differing_replayed(self, digests: Mapping[str, int]) -> list[str]:
+        if self._replay is None:
+            return []
+        measured = self._replay.measure()
         return sorted(name for name, digest in digests.items() if measured[name] != digest)
 
     def _untouched(self) -> bool:
         """Whether live memory is proved to be what it was before a push that was aborted."""
-        whole = self._held.digests.keys() == self._params.keys()
-        return whole and self._unsettled is None and not self._differing(self._held.digests)
+        whole = self._held.digests.keys() == self._landing.keys()
+        return whole and self._quarantine.empty and not self._changed()
 
     def _check_fence(self, record: PushRecord) -> None:
+        newest = 0 if record.source else self._seen_epoch  # an epoch that has committed nothing hinders no repair
         Fence.of(record, self._layout.digest()).require_admissible(
             session=self._contract.session,
-            seen_epoch=self._seen_epoch,
+            seen_epoch=newest,
             held=self._held.order,
             repairs=self._torn or record.catch_up,
         )
@@ -289,30 +321,24 @@ class Receiver:
                 f"push {record.push_id} was planned for incarnation {expected}, this engine is {self.incarnation}"
             )
 
-    def _check_settled(self, record: PushRecord) -> None:
-        """Refuse to offer memory that a lost writer may still write (only where its death is the sole proof)."""
-        if self._unsettled is None:
-            return
-        aborted, writers = self._unsettled
-        if record.epoch > aborted.epoch:  # the operator opens an epoch only when the pods of the last are gone
-            self._unsettled = None
-            return
-        silent = writers - self._acknowledged(aborted)
-        if silent:
-            raise FencedOut(
-                f"writers {sorted(silent)} of push {aborted.push_id} have not said that their transfers ended; "
-                f"over {self._contract.fabric.profile} only their death proves it: restart the trainer"
-            )
-        self._unsettled = None
+    def _unfit_to_lend(self, record: PushRecord) -> str:
+        """Why live memory is not what `record` is to bring; empty when it is."""
+        if (self._replica, self._rank, self.incarnation) not in replica_ranks(record.source, record.source_incarnation):
+            return f"{record.source} {record.source_incarnation} is asked, this engine is {self.incarnation}"
+        if self._torn or self._held.order != record.order:
+            return f"it holds {'a torn ' if self._torn else ''}{self._held.order}, {record.order} is asked for"
+        if self._reception is not None and self._staging is None:
+            return f"push {self._reception.record.push_id} is open on it"
+        return ""
 
     def _settle(self, record: PushRecord) -> None:
         """End the access of every writer that has not acknowledged that its transfers are terminal."""
-        silent = frozenset(range(record.writers)) - self._acknowledged(record)
+        silent = self._quarantine.silent_writers(record)
         if not silent:
             return
         retirable = self._staging is not None and self._staging.retirable
         if self._contract.fabric.revocation == "process" and not retirable:
-            self._unsettled = (record, silent)
+            self._quarantine.hold(record, silent)
             return
         logger.warning(
             "push %s: writers %s are silent, destroying agent %s", record.push_id, sorted(silent), self.incarnation
@@ -323,28 +349,23 @@ class Receiver:
         self._agent.close()
         if self._staging is not None and retirable:
             self._staging = self._staging.retire(self._params)
+            if self._replay is not None:
+                self._replay.retire()
         self._agent = self._new_agent()
 
-    def _acknowledged(self, record: PushRecord) -> frozenset[int]:
-        """Writers of whose bytes to this replica none can be under way any more."""
-        try:
-            reports = self._ledger.until(time.monotonic()).writer_reports(record.push_id)  # one try
-        except LedgerUnavailable:
-            return frozenset()
-        return frozenset(rank for rank, report in reports.items() if self._replica not in report.in_flight)
-
     @property
-    def _landing_meter(self) -> TensorMeter:
-        """Of the memory that writers write."""
-        return self._meter if self._staging is None else self._staged_meter
+    def _whole_bytes(self) -> int:
+        """Of all targets, the elements included that no trainer writes: a peer sends them as they are."""
+        return sum(tensor.nbytes for tensor in self._params.values())
 
     def _new_agent(self) -> Agent:
         """Make the agent of the next generation, register what is offered, and have it published; parameters stay as they are."""
         self._generation += 1
-        if self._staging is not None:
-            self._staged_meter = TensorMeter(self._landing)
+        lands_live = self._staging is None and self._replay is None
+        self._landing_meter = self._meter if lands_live else TensorMeter(self._landing)
+        memory = list(self._params.values()) if self._staging is None else [self._staging.buffer]
         agent = Agent(f"{self._replica}/{self._rank}/{self.incarnation}")
-        agent.register(list(self._params.values()) if self._staging is None else [self._staging.buffer])
+        agent.register(memory if self._replay is None else [*memory, self._replay.memory])
         self._heartbeat = source_heartbeat(self._rendezvous, [self._descriptor(agent)]).start()
         return agent
 

@@ -31,6 +31,8 @@ class Reception:
 
     landing: measures the memory that writers were offered; names: its targets; fills: digests of what no writer touches of them.
     payload_bytes: what all writers together must have written.
+    prepare: called once all that came is as it was sent, and told whether the push is still wanted; returns what stands against
+        a commit, or nothing.
     on_checked: told what is wrong, or nothing, and the bytes that came, before the vote; False when the push is over.
     """
 
@@ -48,6 +50,7 @@ class Reception:
         fills: Mapping[str, int],
         payload_bytes: int,
         on_checked: Callable[[str, int], bool],
+        prepare: Callable[[Callable[[], bool]], str] = lambda wanted: "",
     ) -> None:
         self.record = record
         self._targets = sorted(names)
@@ -63,6 +66,7 @@ class Reception:
         self._fills = fills
         self._payload_bytes = payload_bytes
         self._on_checked = on_checked
+        self._prepare = prepare
         self._deadline = Deadline.at(ledger.deadline_to_monotonic(record.deadline_at))
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"receive-{record.push_id}", daemon=True)
@@ -87,7 +91,7 @@ class Reception:
             if notes is None:
                 return
             with watch.phase("verify"):
-                faults = self._check(notes)
+                faults = self._check(notes) or self._prepare(self._is_wanted)
             vote = self._vote(faults, notes, watch)
             if self._on_checked(faults, vote.bytes):
                 self._ledger.until(self._deadline.moment).vote(self.record.push_id, vote)
@@ -96,6 +100,9 @@ class Reception:
             logger.error(
                 "push %s: rank %d of %s cannot vote: %s", self.record.push_id, self._rank, self._replica, error
             )
+
+    def _is_wanted(self) -> bool:
+        return not self._stopped.is_set() and not self._deadline.passed
 
     def _vote(self, faults: str, notes: Mapping[int, Notification], watch: Stopwatch) -> Vote:
         return Vote(
@@ -111,14 +118,15 @@ class Reception:
     def _collect(self) -> dict[int, Notification] | None:
         """The final notification of every writer, or None when stopped or past the deadline."""
         notes: dict[int, Notification] = {}
-        while len(notes) < self.record.writers:
+        expected = self.record.writers_into(self._rank)
+        while len(notes) < len(expected):
             for peer, payload in self._agent.notifications():
                 note = self._accept(peer, payload)
-                if note is not None:
+                if note is not None and note.writer_rank in expected:
                     notes[note.writer_rank] = note
             if self._stopped.is_set() or self._deadline.passed:
                 return None
-            if len(notes) < self.record.writers:
+            if len(notes) < len(expected):
                 time.sleep(NOTIFICATION_POLL_S)
         return notes
 

@@ -1,23 +1,29 @@
 """The slot arena of a trainer rank: its weights converted to what the engines want, in one buffer that is registered once.
 
-`lay_out` decides what the arena carries (pure, in `layout.forms`), `fill` converts the model's present weights into it. FP8 blocks
+`lay_out` decides what the arena carries (pure, in `layout.arenas`), `fill` converts the model's present weights into it. FP8 blocks
 that straddle ranks agree on their scale in one exchange. Imports torch, never NIXL.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from weightsync import collector, device_memory
 from weightsync.conversion import convert_into, fp8
+from weightsync.conversion.slices import Slice
 from weightsync.errors import ConversionError, PlanError
-from weightsync.layout.forms import BLOCK, GROUP_BYTES, Carried, Group, Slot, carry, wanted_of
+from weightsync.layout import ring
+from weightsync.layout.arenas import Carrier
+from weightsync.layout.forms import BLOCK, BlockRow, Carried, Columns, Group, Outline, Slot, wanted_of
 from weightsync.layout.packing import Packed, in_terms_of, pack
 from weightsync.layout.records import SourceLayout, SourceTensor, TargetLayout
+from weightsync.layout.ring import Ring, make_ring, placed
 from weightsync.layout.shards import LocalPiece, LocalSources
 
 Agree = Callable[[Tensor], Tensor]
@@ -33,7 +39,8 @@ class SlotArena:
     """What this rank carries, and the memory that it is in.
 
     layouts: what every trainer rank holds, in the checkpoint's dtypes; this rank's is layouts[rank].
-    format_: `transfer.format` of the contract. group_bytes: what is converted at once, at least.
+    format_: `transfer.format` of the contract. budget_bytes: what `buffer` may take; None for all that the rank carries.
+    group_bytes: what is converted at once, unless one holding is larger.
     """
 
     def __init__(
@@ -44,7 +51,8 @@ class SlotArena:
         layouts: Sequence[SourceLayout],
         format_: str,
         agree: Agree,
-        group_bytes: int = GROUP_BYTES,
+        budget_bytes: int | None = None,
+        group_bytes: int | None = None,
     ) -> None:
         self._rank = rank
         self._pieces: dict[str, list[LocalPiece]] = {}
@@ -55,16 +63,20 @@ class SlotArena:
         self._held = layouts
         self._format = format_
         self._agree = agree
-        self._group_bytes = group_bytes
+        self._budget_bytes = budget_bytes
+        self._group_bytes = ring.group_bytes(budget_bytes) if group_bytes is None else group_bytes
         self._packed = Packed({}, {}, {})
         self._wanted: Mapping[str, SourceTensor] = {}
         self._conversions: _Conversions | None = None
         self._places: list[int] = []
         self._device = _device_of(local.pieces)
+        self.ring = Ring(0, (), ())
         self.layouts: tuple[SourceLayout, ...] = ()
-        """What every rank's arena carries, to plan with."""
+        """What every rank's arena carries, to plan with, as if each lay in memory whole."""
         self.buffer = torch.empty(0, dtype=torch.uint8, device=self._device)
         """[bytes] uint8; another tensor after `lay_out` returned True."""
+        self.whole = True
+        """Whether the buffers of all ranks hold all that they carry, once they are filled."""
 
     def carries(self, engines: Mapping[str, TargetLayout]) -> bool:
         """Whether everything that engines with these layouts (by digest) want is laid out already, in the right form."""
@@ -81,10 +93,11 @@ class SlotArena:
         """What the engines of a layout want, in terms of what the arenas carry: to plan with `layouts`."""
         return self._packed.layouts[digest]
 
+    @collector.paused()
     def lay_out(self, engines: Mapping[str, TargetLayout]) -> bool:
         """Make the arena fit what these engines want; True when it changed, and holds nothing until it is filled.
 
-        Raises PlanError and UnsupportedLayout as `layout.forms.carry` does.
+        Raises PlanError and UnsupportedLayout as `layout.arenas.Carrier` does.
         """
         whole = wanted_of(engines)
         packed = pack(engines, self._held)
@@ -93,21 +106,23 @@ class SlotArena:
             self._packed = packed
             return False
         _check_format(whole, self._format)
-        carried = [
-            carry(layout, wanted, packed.columns, packed.rows, group_bytes=self._group_bytes) for layout in self._held
-        ]
-        self._wanted, self._packed = wanted, packed
-        self.layouts = tuple(each.layout for each in carried)
-        self._mine = carried[self._rank]
-        self._straddled = _Straddled.of(carried)
+        carrier = Carrier(wanted, packed.columns, packed.rows, group_bytes=self._group_bytes)
+        mine = carrier.carry(self._held[self._rank])
+        all_ranks = [mine if rank == self._rank else carrier.outline(held) for rank, held in enumerate(self._held)]
+        rings = [make_ring(each.groups, each.arena_bytes, self._budget_bytes) for each in all_ranks]
+        # One element even for a rank that carries nothing: NIXL registers no empty memory. What fails here changes nothing.
+        buffer = device_memory.allocate(max(rings[self._rank].length_bytes, 1), self._device)
+        self._wanted, self._packed, self.buffer = wanted, packed, buffer
+        self.layouts = tuple(each.layout for each in all_ranks)
+        self.ring, self.whole = rings[self._rank], all(each.whole for each in rings)
+        self._mine = dataclasses.replace(mine, slots=placed(mine, self.ring))
+        self._straddled = _Straddled.of(all_ranks)
         self._conversions = None
-        # One element even for a rank that carries nothing: NIXL registers no empty memory.
-        self.buffer = torch.empty(max(self._mine.arena_bytes, 1), dtype=torch.uint8, device=self._device)
         return True
 
     @property
     def groups(self) -> Sequence[Group]:
-        """Parts of the arena that may be filled, and sent, one after the other."""
+        """Parts of the arena that may be filled, and sent, one after the other; where they lie is `ring`'s."""
         return self._mine.groups
 
     def fill(self) -> None:
@@ -115,6 +130,7 @@ class SlotArena:
 
         Raises ConversionError naming a tensor with an infinity or a NaN; the arena must not be sent then.
         """
+        assert self.ring.whole, "a ring is filled group by group, as memory becomes free"
         self.begin()
         for number in range(len(self.groups)):
             self.fill_group(number)
@@ -132,7 +148,8 @@ class SlotArena:
         On a host raises ConversionError as `fill` does; on a GPU faults are told by `check`.
         """
         if self._conversions is not None:
-            return self._conversions.run(number)
+            with torch.cuda.device_of(self.buffer):  # threads begin on the first device, whatever their process uses
+                return self._conversions.run(number)
         group = self.groups[number]
         for slot in self._mine.slots[group.first : group.stop]:
             self._convert(slot)
@@ -157,28 +174,38 @@ class SlotArena:
         if slot.scales is None:
             convert_into(out.view(source.shape), source, name=slot.holding.name, through=_dtype(slot.through))
             return
-        amax = fp8.block_amax(source, slot.row_start)
-        first = slot.row_start // BLOCK
-        for block_row in {first, first + len(amax) - 1}:
-            other = self._agreed.get((slot.name, block_row))
-            if other is not None:
-                torch.maximum(amax[block_row - first], other, out=amax[block_row - first])
+        amax = _slice_of(slot, source, out, self._scales(slot), self._others(slot)).convert(ue8m0=self._format == UE8M0)
         if not fp8.finite(amax):
             _refuse(source, slot)
-        scales = fp8.scales_of(amax, ue8m0=self._format == UE8M0)
-        out.copy_(fp8.quantize(source, scales, slot.row_start).reshape(-1))
-        holding = slot.scales
-        self._view(holding.local_offset * 4, holding.stop - holding.start, "float32").copy_(scales.reshape(-1))
+
+    def _others(self, slot: Slot) -> Tensor | None:
+        """[blocks of rows, blocks of columns] int32: what ranks agreed on for the block rows that a slot shares, 0 elsewhere."""
+        first, count, across = _blocks(slot)
+        agreed = {row: self._agreed.get((slot.name, first + row)) for row in {0, count - 1}}
+        found = {row: amax for row, amax in agreed.items() if amax is not None}
+        if not found:
+            return None
+        others = torch.zeros(count, across, dtype=torch.int32, device=self._device)
+        for row, amax in found.items():
+            others[row] = amax
+        return others
+
+    def _scales(self, slot: Slot) -> Tensor:
+        """[n] fp32 of the arena."""
+        assert slot.scales is not None  # only FP8 slots are asked for
+        return self._view(slot.scales.local_offset * 4, slot.scales.stop - slot.scales.start, "float32")
 
     def _source(self, slot: Slot) -> Tensor:
-        """What a slot is made from: [n], or [rows, columns] of a matrix in FP8 or in slices."""
+        """What a slot is made from: [n], or [rows, columns] of a matrix in FP8 or in slices; FP8 is made of whole blocks."""
         start, stop = slot.holding.start, slot.holding.stop
         piece = next(piece for piece in self._pieces[slot.holding.name] if piece.start <= start and stop <= piece.stop)
         flat = piece.flat()[start - piece.start : stop - piece.start]
-        if slot.columns is not None:
-            width = len(flat) * slot.columns.width // slot.numel
-            return flat.view(-1, width)[:, slot.columns.start : slot.columns.stop]
-        return flat if slot.scales is None else flat.view(-1, slot.shape[1])
+        if slot.columns is None:
+            return flat if slot.scales is None else flat.view(-1, slot.shape[1])
+        rows = flat.view(slot.rows, -1)
+        if slot.scales is None:
+            return rows[:, slot.columns.start : slot.columns.stop]
+        return rows[:, slot.columns.blocks.start * BLOCK : slot.columns.blocks.stop * BLOCK]
 
     def _exchange(self) -> dict[tuple[str, int], Tensor]:
         """Greatest amax over all ranks of each straddled block row, by carried tensor and block row."""
@@ -216,22 +243,11 @@ class _Straddled:
     total: int
 
     @classmethod
-    def of(cls, carried: Sequence[Carried]) -> _Straddled:
-        widths: dict[tuple[str, int], int] = {}
-        for each in carried:
-            for slot in each.slots:
-                if slot.scales is None:
-                    continue
-                rows, columns = slot.shape
-                start, stop = slot.row_start, slot.stop // columns
-                for block_row in {start // BLOCK, (stop - 1) // BLOCK}:
-                    if start > block_row * BLOCK or stop < min(rows, (block_row + 1) * BLOCK):
-                        widths[slot.name, block_row] = -(-columns // BLOCK)
-        places, total = {}, 0
-        for key in sorted(widths):
-            places[key] = total
-            total += widths[key]
-        return cls(places, widths, total)
+    def of(cls, carried: Sequence[Outline]) -> _Straddled:
+        rows = sorted(frozenset[BlockRow]().union(*(each.parted for each in carried)))
+        ends = [0, *itertools.accumulate(row.blocks for row in rows)]
+        places = {(row.name, row.number): place for row, place in zip(rows, ends, strict=False)}
+        return cls(places, {(row.name, row.number): row.blocks for row in rows}, ends[-1])
 
 
 class _Conversions:
@@ -269,32 +285,56 @@ class _Conversions:
                 "diverged; nothing was pushed"
             )
 
-    def _jobs(self, slots: Sequence[Slot], sources: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
-        """(tensor's name, job) of the FP8 slots, and the casts."""
+    def _jobs(self, slots: Sequence[Slot], sources: Sequence[Tensor]) -> tuple[list[Any], list[Any], list[Any]]:
+        """(tensor's name, job) of the FP8 slots, the same of those that end inside blocks, and the casts."""
         from weightsync.conversion.device import Cast, Job
 
-        blocks, casts = [], []
+        blocks, slices, casts = [], [], []
         for slot, source in zip(slots, sources, strict=True):
-            out = self._view(slot.offset_bytes, slot.numel, slot.dtype).view(source.shape)
+            out = self._view(slot.offset_bytes, slot.numel, slot.dtype)
             if slot.scales is None:
-                casts.append(Cast(name=slot.holding.name, source=source, out=out, through=_dtype(slot.through)))
+                through = _dtype(slot.through)
+                casts.append(Cast(name=slot.holding.name, source=source, out=out.view(source.shape), through=through))
                 continue
-            across = -(-slot.shape[1] // BLOCK)
             length = slot.scales.stop - slot.scales.start
-            scales = self._view(slot.scales.local_offset * 4, length, "float32").view(-1, across)
-            amax = self._give(slot.name, slot.row_start // BLOCK, scales)
-            job = Job(source=source, out=out, scales=scales, row_start=slot.row_start, amax=amax)
+            scales = self._view(slot.scales.local_offset * 4, length, "float32")
+            amax = self._give(slot, source.device)
+            if slot.columns is not None and slot.columns.block != (BLOCK, BLOCK):
+                slices.append((slot.holding.name, _slice_of(slot, source, out, scales, amax)))
+                continue
+            whole, scales = out.view(source.shape), scales.view(-1, _blocks(slot)[2])
+            job = Job(source=source, out=whole, scales=scales, row_start=slot.row_start, amax=amax)
             blocks.append((slot.holding.name, job))
-        return blocks, casts
+        return blocks, slices, casts
 
-    def _give(self, name: str, first: int, scales: Tensor) -> Tensor | None:
+    def _give(self, slot: Slot, device: torch.device) -> Tensor | None:
         """Room for the other ranks' amax of a slot's first and last block rows, where they have any."""
-        shared = [row for row in sorted({first, first + len(scales) - 1}) if (name, row) in self._straddled.places]
+        first, count, across = _blocks(slot)
+        shared = [row for row in sorted({first, first + count - 1}) if (slot.name, row) in self._straddled.places]
         if not shared:
             return None
-        amax = torch.zeros_like(scales, dtype=torch.int32)
-        self._given += [((name, row), amax[row - first]) for row in shared]
+        amax = torch.zeros(count, across, dtype=torch.int32, device=device)
+        self._given += [((slot.name, row), amax[row - first]) for row in shared]
         return amax
+
+
+def _blocks(slot: Slot) -> tuple[int, int, int]:
+    """First row of FP8 blocks that a slot touches, how many there are, and blocks in each."""
+    columns = range(-(-slot.shape[1] // BLOCK)) if slot.columns is None else slot.columns.blocks
+    return slot.row_start // BLOCK, fp8.blocks_of(slot.rows, slot.row_start), len(columns)
+
+
+def _slice_of(slot: Slot, source: Tensor, out: Tensor, scales: Tensor, amax: Tensor | None = None) -> Slice:
+    columns = slot.columns or Columns(slot.name, 0, slot.shape[1])
+    return Slice(
+        source=source,
+        out=out.view(slot.rows, -1),
+        scales=scales,
+        rows=range(slot.row_start, slot.row_start + slot.rows),
+        columns=range(columns.start, columns.stop),
+        block=columns.block,
+        amax=amax,
+    )
 
 
 def _check_format(wanted: Mapping[str, SourceTensor], format_: str) -> None:
@@ -339,5 +379,5 @@ def _refuse(rows: Tensor, slot: Slot) -> None:
 
 def _place(index: Tensor, slot: Slot) -> str:
     row, column = index.tolist()
-    first_column = 0 if slot.columns is None else slot.columns.start
+    first_column = 0 if slot.columns is None else slot.columns.blocks.start * BLOCK
     return f"at [{row + slot.row_start}, {column + first_column}]"

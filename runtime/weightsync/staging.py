@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from weightsync import device_memory
 from weightsync.errors import ConfigError
 
 ALIGNMENT_BYTES = 256
@@ -96,7 +97,7 @@ def copy_all(sources: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> No
 
 def _allocate(length_bytes: int, device: torch.device) -> Tensor:
     try:
-        return torch.empty(length_bytes, dtype=torch.uint8, device=device)
+        return device_memory.allocate(length_bytes, device)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"{length_bytes} bytes of staging do not fit on {device}: use staging pinnedHost, or commit inPlace"

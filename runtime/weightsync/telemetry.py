@@ -107,6 +107,11 @@ def _age(file: Path) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", file.name)))
 
 
+def longest_phase(spans_of: Iterable[Iterable[Span]], phase: str) -> float:
+    """Seconds of the one whose spans of this phase are the longest together; 0 of nobody."""
+    return max((seconds_of(spans).get(phase, 0.0) for spans in spans_of), default=0.0)
+
+
 def seconds_of(spans: Iterable[Span]) -> dict[str, float]:
     """Seconds by phase; those of one name add up, peers left out: they are parts."""
     totals: dict[str, float] = {}

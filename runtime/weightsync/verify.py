@@ -80,6 +80,11 @@ def to_hex(digest: int) -> str:
     return f"{digest & MASK:016x}"
 
 
+def sum_hex(digests: Iterable[str]) -> str:
+    """The sum of digests as `to_hex` writes them, written alike."""
+    return to_hex(sum(int(digest, 16) for digest in digests))
+
+
 def _digest(name: str, start: int, bits: np.ndarray) -> int:
     """Whole rows in batches; the part of a row before the first whole one and after the last by itself."""
     hashed = name_hash(name)

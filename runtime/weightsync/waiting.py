@@ -11,7 +11,7 @@ from weightsync.errors import DeadlineExceeded
 T = TypeVar("T")
 
 POLL_S = 0.005
-"""First pause between two looks; it doubles up to POLL_MAX_S, so that long waits cost little."""
+"""First pause between two looks; it doubles up to the longest, so that long waits cost little."""
 POLL_MAX_S = 0.05
 
 
@@ -48,18 +48,21 @@ def wait_until(
     deadline: Deadline,
     what: str,
     missing: Callable[[], str] = lambda: "",
+    poll_s: float = POLL_S,
     poll_max_s: float = POLL_MAX_S,
+    pause: Callable[[float], object] = time.sleep,
 ) -> T:
     """Call `fetch` until it returns something else than None, and return that.
 
+    `pause` is given the longest time to wait between two calls; one that knows when something has happened returns sooner.
     Raises DeadlineExceeded with `what`, the seconds waited and what `missing()` says last. Whatever `fetch` raises passes
     through: a wait that can fail early does so there.
     """
-    pause_s = POLL_S
+    pause_s = poll_s
     while (value := fetch()) is None:
         if deadline.passed:
             told = missing()
             raise DeadlineExceeded(f"{what}: not within {deadline.timeout_s:.1f} s" + (f"; {told}" if told else ""))
-        time.sleep(min(pause_s, max(deadline.left_s, 0.001)))
+        pause(min(pause_s, max(deadline.left_s, 0.001)))
         pause_s = min(pause_s * 2, poll_max_s)
     return value

@@ -32,11 +32,15 @@ class Decision(enum.StrEnum):
     ABORT = "ABORT"
 
 
+KEY_PREFIX = "ws:"
+"""Of every ledger key, in front of the session."""
+
+
 class Keys:
     """Ledger keys of one session."""
 
     def __init__(self, session: str) -> None:
-        self.prefix = f"ws:{session}:"
+        self.prefix = f"{KEY_PREFIX}{session}:"
         self.head = self.prefix + "head"
         """Hash: epoch, version (committed), version_epoch (the committed version's), published (last version tried)."""
         self.members = self.prefix + "members"
@@ -54,9 +58,17 @@ class Keys:
         """Stream with one entry (decision, reason) once the push is decided, for those who wait for it without polling."""
         return f"{self.push(push_id)}:decided"
 
+    def told(self, push_id: str) -> str:
+        """Stream of what is added to the push's hash (field -> value), for its coordinator, in the order in which it came."""
+        return f"{self.push(push_id)}:told"
+
     def current_push(self, epoch: int) -> str:
         """String: push id that the ranks of `epoch` take part in, with the trainer's own count of its pushes."""
         return f"{self.prefix}current:{epoch}"
+
+    def repair(self, replica: str) -> str:
+        """String with a TTL: who brings this replica to the committed version, JSON `weightsync.rendezvous.repairs.Claim`."""
+        return f"{self.prefix}repair:{replica}"
 
     def replica_lease(self, replica: str) -> str:
         """String with a TTL: present while the replica's heartbeat thread lives."""
@@ -71,7 +83,8 @@ class JsonRecord:
     """JSON in and out for the frozen records below; unknown fields are ignored, so that an older reader survives."""
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), separators=(",", ":"), sort_keys=True)  # type: ignore[call-overload]
+        # Not `asdict`, which copies all that a record holds, names of a whole fleet among it; none of them holds a record.
+        return json.dumps(vars(self), separators=(",", ":"), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
@@ -95,7 +108,13 @@ class ReplicaStatus(JsonRecord):
     reason: str = ""
     """Why it is not serving, in words; empty when it is."""
     digest: str = ""
-    """Hexadecimal sum of the digests of all its targets, measured in live memory."""
+    """Hexadecimal sum of the digests of all its targets, measured in live memory, or as staged where modules are replayed."""
+    lends: bool = False
+    """True when other replicas of the same layout may be repaired from its memory, once it is CLEAN and current."""
+    direct_bytes: int = 0
+    """Payload of a push that its ranks take where the engine computes with it."""
+    replayed_bytes: int = 0
+    """Payload of a push that its ranks take in load format, and make modules of."""
     updated_at: float = 0.0
     """Seconds since the Unix epoch, by the ledger's clock."""
 
@@ -115,6 +134,8 @@ class PushSummary(JsonRecord):
     """Why it was aborted, and by whom; empty when committed."""
     catch_up: bool = False
     """True when it brought late replicas to a version that was committed before."""
+    source: str = ""
+    """The replica whose memory it came from; empty when a trainer sent it."""
     seconds: float = 0.0
     bytes: int = 0
     """Payload bytes, counted at the receivers and summed over replicas."""

@@ -10,16 +10,17 @@ import dataclasses
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from weightsync import pipeline, verify
-from weightsync.errors import FencedOut, PlanError, TransportError
+from weightsync import collector, pipeline, verify
+from weightsync.errors import DeadlineExceeded, FencedOut, PlanError, TransportError
 from weightsync.layout.held import Held
 from weightsync.layout.records import ITEM_BYTES, TargetLayout
 from weightsync.meter import WritesMeter
@@ -115,8 +116,15 @@ class Writer:
         self._planned: dict[str, _Planned] = {}
         self._peers: dict[RankKey, _Peer] = {}
         self._partials: dict[str, dict[int, int]] = {}
+        self._polling = threading.Lock()
+        """Two threads wait for handles while groups are converted; one looks at a handle at a time."""
         self._stuck: list[tuple[_Peer, Deadline]] = []
         """Peers that were lost while bytes were on their way, and the deadline of that push."""
+
+    @property
+    def keeps_versions(self) -> bool:
+        """Whether the arenas of all ranks hold a whole version after its push, for engines that are late."""
+        return self._slots.whole
 
     def learn(self, members: Mapping[str, str], deadline: Deadline, *, catch_up: bool) -> dict[str, str]:
         """Plan for, connect to and prepare writes into every rank of `members` (replica -> incarnation).
@@ -203,7 +211,9 @@ class Writer:
                 len(self._slots.groups),
                 convert,
                 lambda number: self._post_elsewhere(peers.values(), number),
-                lambda: _in_flight(transfers),
+                lambda: self._poll(transfers),
+                after=self._slots.ring.after,
+                await_left=lambda numbers: self._await_left(peers.values(), numbers, deadline, record.push_id),
             )
             self._slots.check()
             self._partials.update({digest: planned.partials() for digest, planned in layouts.items()})
@@ -212,10 +222,29 @@ class Writer:
             self._wait_terminal(transfers, deadline, record.push_id)
             raise
 
+    def _poll(self, transfers: Sequence[Transfer]) -> list[Transfer]:
+        with self._polling:
+            return _in_flight(transfers)
+
+    def _await_left(self, peers: Iterable[_Peer], groups: Set[int], deadline: Deadline, push_id: str) -> None:
+        """Until nothing reads these groups any more, which have been posted. Raises DeadlineExceeded naming who still does."""
+        readers = [t for peer in peers for number in groups if (t := peer.transfers[number]) is not None]
+        while left := self._poll(readers):
+            if deadline.passed:
+                slow = ", ".join(sorted({transfer.peer for transfer in left})[:5])
+                raise DeadlineExceeded(
+                    f"push {push_id}: the arena is full of groups that are on their way to {len(left)} peers, {slow}"
+                )
+            time.sleep(TRANSFER_POLL_S)
+
     def _post_elsewhere(self, peers: Iterable[_Peer], number: int) -> None:
         """`_post` from a thread that has not chosen a device: UCX copies by the calling thread's."""
         with torch.cuda.device_of(self._slots.buffer):
             _post(peers, number)
+
+    def delivering(self) -> AbstractContextManager[None]:
+        """Around the wait for what engines make of a push: the last words to them are sent on until they are heard."""
+        return self._agent.sending_on()
 
     def close(self) -> None:
         """Release every handle; all are terminal between pushes, or end this process."""
@@ -249,13 +278,15 @@ class Writer:
     ) -> Written:
         """Tell each peer as soon as all that was posted to it is done; wait for all but the lost."""
         written, failed, pending = 0, {}, dict(peers)
+        one_of_each = {peer.layout_digest: peer for peer in peers.values()}
+        last_words = {digest: self._last_word(record, peer).encode() for digest, peer in one_of_each.items()}
         while pending:
             for key, peer in list(pending.items()):
                 if _in_flight(peer.prepared):
                     continue
                 del pending[key]
                 try:
-                    written += self._conclude(record, peer)
+                    written += self._conclude(peer, last_words[peer.layout_digest])
                 except TransportError as error:
                     self._drop(key)
                     failed[key[0]] = f"rank {self._rank} to {peer.agent_name}: {error}"
@@ -269,12 +300,12 @@ class Writer:
             self._stuck.append((self._peers.pop(key), deadline))
         return Written(bytes=written, failed=failed, in_flight=tuple(sorted({key[0] for key in pending})))
 
-    def _conclude(self, record: PushRecord, peer: _Peer) -> int:
+    def _conclude(self, peer: _Peer, last_word: bytes) -> int:
         """The bytes of a peer's transfers, all of them ended, told to it. Raises TransportError when one did not end well."""
         broken = [transfer for transfer in peer.prepared if transfer.poll() is TransferState.FAILED]
         if broken:
             raise TransportError(f"{len(broken)} of {len(peer.prepared)} transfers failed: {broken[0].failure}")
-        self._agent.notify(peer.agent_name, self._last_word(record, peer).encode())
+        self._agent.notify(peer.agent_name, last_word)
         return peer.length_bytes
 
     def _wait_stuck(self) -> None:
@@ -295,6 +326,8 @@ class Writer:
         """Make the arena fit the engines of this push; what was prepared from another arena leads nowhere."""
         engines = {digest: self._layouts[digest] for digest in digests}
         if catch_up:
+            if not self._slots.whole:
+                raise PlanError("the arena is a ring that holds no whole version: peers catch up, or the next push")
             if not self._slots.carries(engines):
                 raise PlanError(
                     "the engines to catch up want other formats than the last push had: the next push brings them"
@@ -328,6 +361,7 @@ class Writer:
         ]
         return _Peer(agent_name, digest, tuple(transfers))
 
+    @collector.paused()
     def _plan(self, digest: str) -> _Planned:
         plan = make_plan(self._held, self._slots.wants(digest))
         writes = plan.writes(self._rank)
@@ -335,6 +369,11 @@ class Writer:
         first_byte = writes["slot_offset"] * item_bytes[writes["target_index"]]
         ends = [group.stop_bytes for group in self._slots.groups]
         group_of = np.searchsorted(ends, first_byte, side="right")
+        moved = [
+            start - group.start_bytes for group, start in zip(self._slots.groups, self._slots.ring.starts, strict=True)
+        ]
+        if len(writes):
+            writes["slot_offset"] += np.array(moved, dtype=np.int64)[group_of] // item_bytes[writes["target_index"]]
         by_group = tuple(writes[group_of == number] for number in range(len(ends)))
         meters = tuple(WritesMeter(self._slots.buffer, mine, plan.targets) for mine in by_group)
         return _Planned(plan, by_group, meters)
@@ -357,6 +396,7 @@ class Writer:
             )
 
     def _last_word(self, record: PushRecord, peer: _Peer) -> Notification:
+        """What a peer is told, and every other one of its layout: a fleet has few, and each model many targets."""
         return Notification(
             session=record.session,
             push_id=record.push_id,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 os.environ.setdefault("UCX_TLS", "tcp,self")  # read by UCX when the first agent is made
@@ -14,6 +14,7 @@ import torch
 
 from tests.dataplane.slot_makers import engine, shard
 from tests.fixtures.fleet import until
+from weightsync import verify
 from weightsync.config import (
     Contract,
     EndpointSection,
@@ -30,6 +31,7 @@ from weightsync.rendezvous.incarnation import replica_incarnation
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.modelexpress import EngineDescriptor
 from weightsync.rendezvous.records import PushRecord, WriterReport
+from weightsync.replay import Count, require_complete, target_of, with_replayed
 from weightsync.slots import SlotArena
 from weightsync.staging import StagingArena
 from weightsync.transport import Agent
@@ -55,9 +57,54 @@ def layout_with_padding() -> TargetLayout:
     return dataclasses.replace(plain, targets=targets, fills=(fill,))
 
 
+def without(layout: TargetLayout, name: str) -> TargetLayout:
+    """The layout less one target."""
+    targets = tuple(target for target in layout.targets if target.name != name)
+    copies = tuple(copy for copy in layout.copies if copy.target != name)
+    used = {copy.source for copy in copies}
+    sources = tuple(source for source in layout.sources if source.name in used)
+    return dataclasses.replace(layout, targets=targets, copies=copies, sources=sources)
+
+
 def weights_of(version: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(version)
     return {name: torch.randn(*shape, generator=generator).bfloat16() for name, shape in SHAPES.items()}
+
+
+class FlippingReplay:
+    """A `Replay` of one tensor, whose kernel wants the rows in reverse, of which a loader may lose the last ones."""
+
+    def __init__(self, source: SourceTensor) -> None:
+        self._room = {target_of(source.name): torch.zeros(source.shape, dtype=torch.bfloat16)}
+        self._arena = StagingArena(self._room, place="device", budget_bytes=None)
+        self._made = torch.zeros(source.shape, dtype=torch.bfloat16)
+        self.live = torch.zeros(source.shape, dtype=torch.bfloat16)
+        self.lost_rows = 0
+
+    @property
+    def staged(self) -> Mapping[str, torch.Tensor]:
+        return self._arena.tensors
+
+    @property
+    def memory(self) -> torch.Tensor:
+        return self._arena.buffer
+
+    def prepare(self, wanted: Callable[[], bool]) -> None:
+        (staged,) = self.staged.values()
+        if self.lost_rows:
+            have, width = staged.numel() - self.lost_rows * staged.shape[1], staged.numel()
+            require_complete(Count({"live": width}, {}), Count({"live": have}, {}), "layer")
+        self._made.copy_(staged.flip(0))
+
+    def apply(self) -> Mapping[str, int]:
+        self.live.copy_(self._made)
+        return {"live": verify.digest_tensor("live", self._made)}
+
+    def measure(self) -> Mapping[str, int]:
+        return {"live": verify.digest_tensor("live", self.live)}
+
+    def retire(self) -> None:
+        self._arena = self._arena.retire(self._room)
 
 
 class Book:
@@ -76,7 +123,12 @@ class Book:
 class Bench:
     """A session of one engine rank and the trainers that push into it."""
 
-    def __init__(self, open_ledger: Callable[..., Ledger], *, revocation: str = "agent", **transfer: Any) -> None:
+    def __init__(
+        self, open_ledger: Callable[..., Ledger], *, revocation: str = "agent", replayed: str = "", **transfer: Any
+    ) -> None:
+        """`replayed` names a tensor that the engine takes in load format only."""
+        self._open_ledger = open_ledger
+        self._replayed = replayed
         self.ledger = open_ledger()
         self.book: Any = Book()
         self.contract = Contract(
@@ -90,32 +142,45 @@ class Bench:
             transfer=TransferSection(**{"timeout_seconds": 20.0, **transfer}),
         )
         self.epoch = self.ledger.open_epoch()
-        layout = layout_with_padding()
-        self.params = {t.name: torch.full(t.shape, PADDING, dtype=torch.bfloat16) for t in layout.targets}
+        self.replay: FlippingReplay | None = None
         self.refreshed = 0
+        self.params, self.receiver = self.make_receiver(REPLICA)
+        self._trainers: list[Pusher] = []
+
+    def make_receiver(
+        self, name: str, more: Mapping[str, torch.Tensor] | None = None
+    ) -> tuple[dict[str, torch.Tensor], Receiver]:
+        """Another engine rank of the session, with its live parameters, and `more` that are no targets."""
+        layout, self.replay = layout_with_padding(), None
+        if replayed := self._replayed:
+            source = SourceTensor(replayed, SHAPES[replayed], "bfloat16")
+            layout, self.replay = with_replayed(without(layout, f"p.{replayed}"), [source]), FlippingReplay(source)
+        written = [target for target in layout.targets if target.name.startswith("p.")]
+        params = {t.name: torch.full(t.shape, PADDING, dtype=torch.bfloat16) for t in written}
         staging = None
         if self.contract.transfer.staging != "none":
-            staging = StagingArena(self.params, place=self.contract.transfer.staging, budget_bytes=None)
-        self.receiver = Receiver(
+            staging = StagingArena(params, place=self.contract.transfer.staging, budget_bytes=None)
+        receiver = Receiver(
             contract=self.contract,
-            facts=PodFacts(name=REPLICA, uid="uid", ip="127.0.0.1", epoch=None),
-            replica=REPLICA,
+            facts=PodFacts(name=name, uid=f"uid-{name}", ip="127.0.0.1", epoch=None),
+            replica=name,
             rank=0,
-            params=self.params,
+            params=params | dict(more or {}),
             layout=layout,
-            ledger=open_ledger(),
+            ledger=self._open_ledger(),
             rendezvous=self.book,
             staging=staging,
             refresh=self._refresh,
+            replay=self.replay,
         )
-        self._trainers: list[Pusher] = []
+        return params, receiver
 
     def _refresh(self) -> None:
         self.refreshed += 1
 
-    def trainer(self, *, ranks: int = 1, rank: int = 0) -> Pusher:
-        """A trainer rank out of `ranks`, each of which holds some rows."""
-        self._trainers.append(Pusher(self, ranks, rank))
+    def trainer(self, *, ranks: int = 1, rank: int = 0, budget_bytes: int | None = None) -> Pusher:
+        """A trainer rank out of `ranks`, each of which holds some rows; `budget_bytes` is of its arena."""
+        self._trainers.append(Pusher(self, ranks, rank, budget_bytes))
         return self._trainers[-1]
 
     def begin(self, trainer: Pusher, *, writers: int = 1, timeout_s: float = 20.0, **changes: Any) -> PushRecord:
@@ -141,8 +206,12 @@ class Bench:
         trainer.writer.measure(record)
         self.receiver.open(record)
         trainer.write(record)
-        until("the engine has voted", lambda: self.ledger.votes(record.push_id), 15)
+        self.voted(record)
         return record
+
+    def voted(self, record: PushRecord) -> None:
+        """Wait for the engine's vote."""
+        until("the engine has voted", lambda: self.ledger.votes(record.push_id), 15)
 
     def push(self, trainer: Pusher, version: int, **changes: Any) -> PushRecord:
         """A push that is committed."""
@@ -154,6 +223,8 @@ class Bench:
     def holds(self, version: int) -> bool:
         """Whether live memory is that version, padding untouched."""
         weights = weights_of(version)
+        if self.replay is not None and not torch.equal(self.replay.live, weights.pop(self._replayed).flip(0)):
+            return False
         rows = SHAPES["vocab"][0]
         return bool((self.params["p.vocab"][rows:] == PADDING).all()) and all(
             torch.equal(self.params[f"p.{name}"].reshape(-1)[: value.numel()], value.reshape(-1))
@@ -170,7 +241,7 @@ class Bench:
 class Pusher:
     """One trainer rank."""
 
-    def __init__(self, bench: Bench, ranks: int, rank: int) -> None:
+    def __init__(self, bench: Bench, ranks: int, rank: int, budget_bytes: int | None = None) -> None:
         self._bench = bench
         self._ranks, self._rank = ranks, rank
         self._held = {name: torch.zeros(*shape, dtype=torch.bfloat16) for name, shape in SHAPES.items()}
@@ -182,7 +253,9 @@ class Pusher:
             layouts=[local.layout(i) for i, local in enumerate(locals_)],
             format_="auto",
             agree=lambda amax: amax,
+            budget_bytes=budget_bytes,
         )
+        self.slots = slots
         self.agent = Agent(f"trainer/{rank}/{time.time_ns()}")
         self.writer = Writer(rank=rank, agent=self.agent, slots=slots, rendezvous=bench.book)
 

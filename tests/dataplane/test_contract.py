@@ -42,7 +42,7 @@ def test_an_unknown_key_is_refused_with_its_path(more: dict[str, Any], match: st
 
 
 def test_a_later_minor_version_may_say_more() -> None:
-    later = document(contract=f"{MAJOR}.{MINOR + 1}", surprise=1, redis={"host": "r", "tls": True})
+    later = document(contract=f"{MAJOR}.{MINOR + 1}", surprise=1, redis={"host": "r", "sentinels": True})
     assert Contract.parse(later).redis.host == "r"
 
 

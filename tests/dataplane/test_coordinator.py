@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Set
+from contextlib import AbstractContextManager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,11 @@ class Writer:
 
     def measure(self, record: PushRecord) -> None:
         self.calls.append("measure")
+
+    keeps_versions = True
+
+    def delivering(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def wire_spans(self, *_: Any) -> list[Any]:
         return []
@@ -244,3 +250,17 @@ def test_a_push_waits_for_as_many_members_as_the_quorum_needs(fleet: Fleet) -> N
     with pytest.raises(PushAborted, match="not 4 of the session's engines are alive"):
         fleet.push(quorum=4, timeout_seconds=1.0)
     assert fleet.writer.wrote_into == []
+
+
+def test_an_error_of_the_device_ends_the_push_at_once(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no error of ours: the caller has it as it is, and the engines hear of it without waiting for the deadline."""
+
+    def fill() -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(fleet.writer, "fill", fill)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fleet.push()
+    record = fleet.ledger.push(fleet.ledger.current_push(fleet.epoch)[1])
+    verdict = fleet.ledger.decision(record.push_id)
+    assert (verdict.decision, verdict.reason) == (Decision.ABORT, "out of memory")

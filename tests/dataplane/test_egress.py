@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.dataplane.rank_makers import Parallelize, all_ranks, ep, fsdp, mesh_of
 from tests.dataplane.slot_makers import engine
-from weightsync.layout.forms import carry
+from weightsync.layout.arenas import Carrier
 from weightsync.layout.records import SourceTensor
 from weightsync.plan import make_plan
 
@@ -38,7 +38,8 @@ def sent(n_ranks: int, parallelize: Parallelize) -> tuple[list[int], list[Source
     locals_ = all_ranks(model, n_ranks, parallelize)
     tensors = list(locals_[0].tensors)
     wanted = {tensor.name: tensor for tensor in tensors}
-    carried = [carry(local.layout(rank), wanted).layout for rank, local in enumerate(locals_)]
+    carrier = Carrier(wanted)
+    carried = [carrier.outline(local.layout(rank)).layout for rank, local in enumerate(locals_)]
     plan = make_plan(carried, engine(tensors))
     assert plan.total_bytes == sum(2 * tensor.numel for tensor in tensors)
     return [plan.bytes_per_rank[rank] for rank in range(n_ranks)], tensors

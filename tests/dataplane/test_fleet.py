@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures.fleet import Engine, Fleet, Trainer, until
+from tests.fixtures.fleet import Engine, Fleet, Trainer, running_fleet, until
 from tests.fixtures.models import make_tiny_qwen3_moe
-from tests.fixtures.servers import ModelExpressServer, RedisServer, make_modelexpress_server, make_redis_server
+from weightsync.rendezvous.ledger import Ledger
 
 PROMPTS = [[1, 2, 3, 4, 5], [9, 8, 7], [100, 200, 300, 400], [42]]
 TIMEOUT_S = 40.0
@@ -23,8 +23,8 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 class Session:
     """The shared fleet and its current trainer."""
 
-    def __init__(self, fleet: Fleet, redis: RedisServer, modelexpress: ModelExpressServer) -> None:
-        self.fleet, self.redis, self.modelexpress = fleet, redis, modelexpress
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
         self.engines: list[Engine] = []
         self.trainer: Trainer
         self.step = 0
@@ -41,32 +41,21 @@ class Session:
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     folder = tmp_path_factory.mktemp("fleet")
-    redis = make_redis_server(folder)
-    modelexpress = make_modelexpress_server(folder, redis.port)
-    redis.start()
-    modelexpress.start()
-    fleet = Fleet(folder, redis, modelexpress, make_tiny_qwen3_moe(folder / "model"), timeout_seconds=TIMEOUT_S)
-    session = Session(fleet, redis, modelexpress)
-    try:
+    with running_fleet(folder, make_tiny_qwen3_moe(folder / "model"), timeout_seconds=TIMEOUT_S) as fleet:
+        session = Session(fleet)
         session.engines = [fleet.start_engine("engine-0"), fleet.start_engine("engine-1")]
         session.trainer = fleet.start_trainer()
         for engine in session.engines:
             engine.wait_up()
         yield session
-    except BaseException:
-        for name, tail in fleet.tails():
-            print(f"===== {name}\n{tail}")
-        raise
-    finally:
-        fleet.end()
-        modelexpress.kill()
-        redis.kill()
 
 
 def test_an_engine_serves_version_0_before_anything_was_pushed(session: Session) -> None:
     session.wait_ready()
     for engine in session.engines:
-        assert engine.state() | {"digest": ""} == {
+        state = engine.state()
+        assert state.pop("direct_bytes") > 0  # every parameter is written where the engine computes with it
+        assert state | {"digest": ""} == {
             "replica": engine.name,
             "state": "CLEAN",
             "version": 0,
@@ -75,6 +64,7 @@ def test_an_engine_serves_version_0_before_anything_was_pushed(session: Session)
             "digest": "",
             "serving": True,
             "reason": "",
+            "replayed_bytes": 0,
         }
 
 
@@ -171,7 +161,7 @@ def test_an_engine_that_restarts_serves_nothing_until_it_is_brought_up_to_date(s
 @pytest.mark.failure_mode(50)
 def test_redis_comes_back_empty_and_versions_go_on(session: Session) -> None:
     before = session.push()
-    session.redis.restart(with_data=False)
+    session.fleet.redis.restart(with_data=False)
     for engine in session.engines:
         assert engine.answer(PROMPTS[0], 4)
     after = session.push()
@@ -181,7 +171,7 @@ def test_redis_comes_back_empty_and_versions_go_on(session: Session) -> None:
 
 @pytest.mark.failure_mode(30)
 def test_modelexpress_restarts_and_the_next_push_works(session: Session) -> None:
-    session.modelexpress.restart()
+    session.fleet.modelexpress.restart()
     assert session.push()["replicas"] == ["engine-0", "engine-1"]
 
 
@@ -195,3 +185,35 @@ def test_an_engine_that_dies_in_the_middle_is_not_waited_for_past_the_deadline(s
         session.engines[1].thaw()
     assert report["replicas"] == ["engine-0"]
     until("engine-1 has caught up", lambda: session.engines[1].state().get("digest") == report["digest"], 60.0)
+
+
+@pytest.mark.failure_mode(28)
+@pytest.mark.failure_mode(61)
+def test_after_training_an_engine_that_restarts_gets_the_weights_from_its_peer(
+    session: Session, tmp_path: Path
+) -> None:
+    """1. the trainer has ended, an engine restarts with the checkpoint; 2. it refuses until its peer has repaired it; 3. it
+    answers as the peer does, and as a fresh engine on the weights that were pushed.
+    """
+    report = session.push()
+    session.trainer.ask(do="save", path=str(tmp_path / "saved"))
+    session.trainer.kill()
+    session.engines[1].kill()
+    session.engines[1] = session.fleet.start_engine("engine-1")
+    session.engines[1].wait_up()
+    seen = []
+
+    def current() -> bool:
+        seen.append((session.engines[1].complete(PROMPTS[0], 4).status_code, session.engines[1].state()["version"]))
+        return session.engines[1].ready()
+
+    until("engine-1 is current", current, 60.0)
+    assert {status for status, version in seen if version == 0} == {503}
+    assert {engine.verify()["digest"] for engine in session.engines} == {report["digest"]}
+    with Ledger.from_contract(session.fleet.contract) as ledger:
+        assert (ledger.pushes()[0].source, ledger.pushes()[0].version) == ("engine-0", report["version"])
+    fresh = session.fleet.start_engine("fresh-at-the-end", model=tmp_path / "saved", joins=False).wait_up()
+    expected = [fresh.answer(prompt) for prompt in PROMPTS]
+    fresh.kill()
+    for engine in session.engines:
+        assert [engine.answer(prompt) for prompt in PROMPTS] == expected

@@ -12,9 +12,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.fixtures.kill_cell import TIMEOUT_S, Cell, Run, judge_answers, judge_waits
 from tests.fixtures.killable import Fleet
 from tests.fixtures.killable_gate import Gate
-from tests.kill_matrix import TIMEOUT_S, Cell, Run, judge_answers, judge_waits, make_fleet
+from tests.kill_matrix import make_fleet
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -128,7 +129,9 @@ def test_what_one_receiver_finds_wrong_all_trainer_ranks_hear_at_once(shared: Sh
         assert first_s < TIMEOUT_S / 2
     reasons = [push.reason for push in fleet.pushes() if push.step == fleet.step]
     assert reasons[0] == ""
-    assert "engine-0 voted no: rank 1: 1 of 5 targets differ from what was sent: model.embed_tokens.weight" in reasons[-1]
+    assert (
+        "engine-0 voted no: rank 1: 1 of 5 targets differ from what was sent: model.embed_tokens.weight" in reasons[-1]
+    )
 
 
 @pytest.mark.failure_mode(12)

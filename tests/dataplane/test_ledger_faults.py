@@ -137,7 +137,11 @@ def use_every_method(ledger: Ledger) -> None:
     committed = commit(ledger, epoch)
     assert committed.version == ledger.head().version
     assert ledger.await_decision(committed.push_id, 1.0) == ledger.decision(committed.push_id)
-    ledger.publish_push(PushSummary(push_id="1.1.1", epoch=1, version=1, step=1, outcome="COMMIT"))
+    told = PushSummary(push_id=committed.push_id, epoch=1, version=committed.version, step=1, outcome="COMMIT")
+    ledger.publish_push(told)
+    assert [ledger.summary(committed.push_id)] == ledger.pushes()
+    assert [list(fields) for _, fields in ledger.told(push.push_id, "0", 1.0)] == [["writer:0"], ["vote:engine-0:0"]]
+    assert ledger.fields_of(push.push_id).keys() >= {"record", "writer:0", "vote:engine-0:0"}
     ledger.publish_replica_status(ReplicaStatus(name="engine-0", version=0, epoch=0, state="CLEAN", serving=True))
     assert (len(ledger.pushes()), len(ledger.replica_statuses())) == (1, 1)
     assert ledger.lost_members({joined.replica: joined.incarnation}) == ()

@@ -19,6 +19,7 @@ from weightsync.waiting import Deadline, wait_until
 
 p2p_pb2 = _generated  # type: ignore[assignment]
 MODEL = "/models/test"
+SECRET = "0123456789abcdef0123456789abcdef"
 Connect = Callable[..., Rendezvous]
 StartModelExpress = Callable[..., ModelExpressServer]
 
@@ -28,8 +29,9 @@ def connect(modelexpress_server: ModelExpressServer) -> Iterator[Connect]:
     """A factory of clients of one session on `modelexpress_server`."""
     opened: list[Rendezvous] = []
 
-    def connect_one(session: str = "s1", retry_s: float = 10.0) -> Rendezvous:
-        opened.append(Rendezvous(address=modelexpress_server.address, session=session, model=MODEL, retry_s=retry_s))
+    def connect_one(session: str = "s1", retry_s: float = 10.0, secret: str = SECRET) -> Rendezvous:
+        address = modelexpress_server.address
+        opened.append(Rendezvous(address=address, session=session, model=MODEL, secret=secret, retry_s=retry_s))
         return opened[-1]
 
     yield connect_one
@@ -76,6 +78,58 @@ def test_engine_of_twenty_thousand_tensors_is_fetched_whole(connect: Connect) ->
     published = source(tensors=20_000, layout_bytes=1_000_000)
     connect().publish(published)
     assert connect().fetch("engine-0", "pod-uid-1", 0) == published
+
+
+@pytest.mark.failure_mode(36)
+def test_what_the_server_holds_tells_no_stranger_how_memory_is_reached(
+    redis_server: RedisServer, modelexpress_server: ModelExpressServer, connect: Connect
+) -> None:
+    """1. A stranger who is let in asks for a source. 2. Neither the answer nor Redis has its metadata, addresses or names.
+
+    Seen to fail with the worker's nixl_metadata or a tensor's address published as they are.
+    """
+    published = source(metadata=b"remote-key-" + b"of-the-engine" * 20)
+    connect().publish(published)
+    (address,) = {str(tensor.address) for tensor in list(published.tensors.values())[:1]}
+    with redis_server.client() as client:
+        (key,) = client.keys(f"mx:source:*:{published.worker_id}")  # type: ignore[misc]
+        held = json.dumps(client.hgetall(str(key))) if client.type(str(key)) == "hash" else str(client.get(str(key)))
+    index = str(key).split(":")[2]
+    request = p2p_pb2.GetMetadataRequest(mx_source_id=index, worker_id=published.worker_id)  # type: ignore[attr-defined]
+    with grpc.insecure_channel(modelexpress_server.address) as channel:
+        answer = P2pServiceStub(channel).GetMetadata(request, timeout=10)
+    assert answer.found
+    assert not answer.worker.nixl_metadata and not answer.worker.agent_name
+    numbers = ", ".join(map(str, published.metadata[:20])), ",".join(map(str, published.metadata[:20]))
+    for text in (held, str(answer.worker)):
+        for secret in ("remote-key", "w13_weight", published.agent_name, address, *numbers):
+            assert secret not in text
+
+
+@pytest.mark.failure_mode(36)
+def test_source_of_a_stranger_is_refused_by_name(connect: Connect) -> None:
+    """Who is let in by the server but has not the session's token can publish under a rank's name: nothing is written there."""
+    connect(secret="a stranger's").publish(source())
+    began = time.monotonic()
+    with pytest.raises(RendezvousUnavailable, match=r"engine-0/pod-uid-1/0 was not sealed by that rank .* session s1"):
+        connect().fetch("engine-0", "pod-uid-1", 0)
+    assert time.monotonic() - began < 5.0, "it cannot get better by waiting"
+
+
+@pytest.mark.failure_mode(36)
+def test_source_that_is_not_sealed_is_refused_by_name(
+    modelexpress_server: ModelExpressServer, connect: Connect
+) -> None:
+    """As a stranger, or an engine whose runtime does not seal, publishes it."""
+    connect().publish(source(rank=1))
+    worker = p2p_pb2.WorkerMetadata(worker_rank=0, agent_name="a", nixl_metadata=b"m")  # type: ignore[attr-defined]
+    identity = p2p_pb2.SourceIdentity(model_name=MODEL, extra_parameters={"weightsync.session": "s1"})  # type: ignore[attr-defined]
+    request = p2p_pb2.PublishMetadataRequest(identity=identity, worker=worker, worker_id="engine-0/pod-uid-1/0")  # type: ignore[attr-defined]
+    with grpc.insecure_channel(modelexpress_server.address) as channel:
+        assert P2pServiceStub(channel).PublishMetadata(request, timeout=10).success
+    with pytest.raises(RendezvousUnavailable, match=r"engine-0/pod-uid-1/0 has 0 boxes of form weightsync.sealed.1"):
+        connect().fetch("engine-0", "pod-uid-1", 0)
+    assert connect().fetch("engine-0", "pod-uid-1", 1) == source(rank=1)
 
 
 def test_heartbeats_and_listings_do_not_carry_the_layout(redis_server: RedisServer, connect: Connect) -> None:
@@ -175,7 +229,7 @@ def test_source_that_the_reaper_deleted_is_published_again(
         with redis_server.client() as client:
             return bool(client.keys(f"mx:source:*:{published.worker_id}"))
 
-    with Rendezvous(address=server.address, session="s1", model=MODEL) as rendezvous:
+    with Rendezvous(address=server.address, session="s1", model=MODEL, secret=SECRET) as rendezvous:
         rendezvous.publish(published)
         eventually(lambda: not known(), "the reaper to delete the source")
         rendezvous.renew(published)
@@ -224,7 +278,7 @@ def test_frozen_server_is_told_at_the_deadline(modelexpress_server: ModelExpress
 
 def test_something_else_on_the_address_is_told_with_its_words(redis_server: RedisServer) -> None:
     with (
-        Rendezvous(address=redis_server.address, session="s1", model=MODEL, retry_s=0.5) as rendezvous,
+        Rendezvous(address=redis_server.address, session="s1", model=MODEL, secret=SECRET, retry_s=0.5) as rendezvous,
         pytest.raises(RendezvousUnavailable, match=redis_server.address),
     ):
         rendezvous.publish(source())
@@ -233,7 +287,7 @@ def test_something_else_on_the_address_is_told_with_its_words(redis_server: Redi
 def test_nobody_listens_is_told_with_address_and_cure() -> None:
     address = f"127.0.0.1:{free_port()}"
     with (
-        Rendezvous(address=address, session="s1", model=MODEL, retry_s=0.5) as rendezvous,
+        Rendezvous(address=address, session="s1", model=MODEL, secret=SECRET, retry_s=0.5) as rendezvous,
         pytest.raises(RendezvousUnavailable, match=rf"{address}: publish .* Connection refused.* is it up"),
     ):
         rendezvous.publish(source())

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from tests.dataplane.slot_makers import deliver, fill_all, same, shard
 from weightsync.conversion import fp8
-from weightsync.layout.forms import BLOCK, SCALE_SUFFIX, carry, scale_grid, wanted_of
+from weightsync.layout.arenas import Carrier
+from weightsync.layout.forms import BLOCK, SCALE_SUFFIX, scale_grid, wanted_of
 from weightsync.layout.packing import in_terms_of, pack
 from weightsync.layout.records import Copy, Holding, SourceLayout, SourceTensor, Target, TargetLayout
 from weightsync.layout.shards import LocalSources
@@ -76,7 +77,7 @@ def test_a_slice_of_many_rows_is_one_write() -> None:
     layouts = {layout.digest(): layout for layout in (row_parallel(shapes, 2, rank, "bfloat16") for rank in range(2))}
     (local,) = shard({"w": torch.randn(1000, 256)}, 1)
     packed = pack(layouts, [local.layout(0)])
-    carried = carry(local.layout(0), wanted_of(packed.layouts), packed.columns, packed.rows)
+    carried = Carrier(wanted_of(packed.layouts), packed.columns, packed.rows).carry(local.layout(0))
     for digest in layouts:
         assert len(make_plan([carried.layout], packed.layouts[digest]).writes(0)) == 1
     assert len(make_plan([local.layout(0)], next(iter(layouts.values()))).writes(0)) == 1000
@@ -96,7 +97,7 @@ def test_neighbours_of_an_engine_are_neighbours_in_the_arena() -> None:
         layouts[layout.digest()] = layout
     (local,) = shard({name: torch.randn(*shape) for name, shape in experts.items()}, 1)
     packed = pack(layouts, [local.layout(0)])
-    carried = carry(local.layout(0), wanted_of(packed.layouts), packed.columns, packed.rows)
+    carried = Carrier(wanted_of(packed.layouts), packed.columns, packed.rows).carry(local.layout(0))
     for digest in layouts:
         assert len(make_plan([carried.layout], packed.layouts[digest]).writes(0)) == 1
 

@@ -6,24 +6,26 @@ from types import SimpleNamespace
 
 import pytest
 
+from weightsync.errors import ConfigError
 from weightsync.vllm import plugin
 
 
 @pytest.fixture
 def arguments(monkeypatch: pytest.MonkeyPatch) -> type:
-    """vLLM's EngineArgs after registration, whose `create_engine_config` only tells the worker extension."""
+    """vLLM's EngineArgs after registration, whose `create_engine_config` only tells the worker extension and how it is reached."""
     from vllm.engine.arg_utils import EngineArgs
 
     monkeypatch.delenv("WEIGHTSYNC_CONFIG", raising=False)
-    monkeypatch.setattr(EngineArgs, "create_engine_config", lambda self: self.worker_extension_cls)
+    monkeypatch.setattr(EngineArgs, "create_engine_config", lambda self: self)
     plugin._extend_workers(EngineArgs)
     return EngineArgs
 
 
-def configured(engine_args: type, *, extension: str = "", backend: str | None = None) -> str:
+def configured(engine_args: type, *, extension: str = "", backend: str | None = None, api_servers: int = 1) -> str:
     transfer = None if backend is None else SimpleNamespace(backend=backend)
-    made = SimpleNamespace(worker_extension_cls=extension, weight_transfer_config=transfer)
-    return engine_args.create_engine_config(made)  # type: ignore[attr-defined]
+    reached = SimpleNamespace(data_parallel_size=2, local_engines_only=False, _api_process_count=api_servers)
+    made = SimpleNamespace(worker_extension_cls=extension, weight_transfer_config=transfer, parallel_config=reached)
+    return engine_args.create_engine_config(made).worker_extension_cls  # type: ignore[attr-defined]
 
 
 @pytest.mark.vllm
@@ -50,3 +52,14 @@ def test_engines_that_need_the_worker_extension_get_it_without_a_flag(
     monkeypatch.setenv("WEIGHTSYNC_CONFIG", "contract.json")
     assert configured(arguments) == plugin.WORKER_EXTENSION
     assert configured(arguments, extension="mine.Extension") == "mine.Extension"
+
+
+@pytest.mark.vllm
+def test_an_engine_of_a_session_with_several_api_servers_is_refused_before_it_loads(
+    arguments: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them would open pushes of its own. A plain engine may have as many as it likes."""
+    assert configured(arguments, api_servers=2) == ""
+    monkeypatch.setenv("WEIGHTSYNC_CONFIG", "contract.json")
+    with pytest.raises(ConfigError, match="add --api-server-count 1"):
+        configured(arguments, api_servers=2)

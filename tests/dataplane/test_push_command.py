@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.dataplane.test_push_fp8 import parameters
-from tests.fixtures.fleet import Engine, Fleet, until
+from tests.fixtures.fleet import Engine, Fleet, running_fleet, until
 from tests.fixtures.models import make_tiny_qwen3_moe, make_tiny_qwen3_moe_of_blocks, quantize_checkpoint
 from tests.fixtures.plain_engine import start_plain_engine
-from tests.fixtures.servers import free_port, make_modelexpress_server, make_redis_server
+from tests.fixtures.servers import free_port
 from weightsync.cli import main
 from weightsync.commands import push
 from weightsync.config import Contract
@@ -84,32 +84,17 @@ class Session:
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     folder = tmp_path_factory.mktemp("push")
-    redis = make_redis_server(folder)
-    modelexpress = make_modelexpress_server(folder, redis.port)
-    redis.start()
-    modelexpress.start()
     model = make_tiny_qwen3_moe(folder / "model")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": POSITIONS}))
-    fleet = Fleet(folder, redis, modelexpress, model)
-    session = Session(folder, fleet)
-    environment = pytest.MonkeyPatch()
-    environment.setenv("UCX_TLS", "tcp,self")
-    try:
+    with running_fleet(folder, model) as fleet, pytest.MonkeyPatch.context() as environment:
+        environment.setenv("UCX_TLS", "tcp,self")
+        session = Session(folder, fleet)
         session.start("engine-0", "wait", "--worker-extension-cls", "tests.fixtures.damaged_worker.DamagedWorker")
         session.start("engine-1", "keep")
         for engine in session.engines:
             until(f"{engine.name} is ready", engine.wait_up().ready, 60)
         yield session
-    except BaseException:
-        for name, tail in fleet.tails():
-            print(f"===== {name}\n{tail}")
-        raise
-    finally:
-        environment.undo()
-        fleet.end()
-        modelexpress.kill()
-        redis.kill()
 
 
 def other_weights(model: Path, folder: Path, seed: int, n_files: int = 1) -> Path:

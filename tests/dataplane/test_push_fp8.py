@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.fixtures.fleet import Engine, Fleet, until
+from tests.fixtures.fleet import Engine, Fleet, running_fleet, until
 from tests.fixtures.models import make_tiny_qwen3_moe_of_blocks, quantize_checkpoint
-from tests.fixtures.servers import make_modelexpress_server, make_redis_server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 RANKS = 3
@@ -23,23 +22,10 @@ RANKS = 3
 
 @pytest.fixture
 def fleet(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Fleet]:
-    redis = make_redis_server(tmp_path)
-    modelexpress = make_modelexpress_server(tmp_path, redis.port)
-    redis.start()
-    modelexpress.start()
     bf16 = make_tiny_qwen3_moe_of_blocks(tmp_path / "bf16")
     fp8 = quantize_checkpoint(bf16, tmp_path / "fp8", ue8m0=request.param.endswith("ue8m0"))
-    fleet = Fleet(tmp_path, redis, modelexpress, fp8, trained=bf16, format=request.param)
-    try:
+    with running_fleet(tmp_path, fp8, trained=bf16, format=request.param) as fleet:
         yield fleet
-    except BaseException:
-        for name, tail in fleet.tails():
-            print(f"===== {name}\n{tail}")
-        raise
-    finally:
-        fleet.end()
-        modelexpress.kill()
-        redis.kill()
 
 
 def parameters(engine: Engine, file: Path) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,9 +99,9 @@ def test_the_trace_shows_every_process_its_phases_and_the_wire_to_each_peer(flee
     told = {names[pid]: [event["name"] for event in events] for pid, events in phases.items()}
     assert told["trainer 0"] == ["plan", "plan", "convert", "open", "wire", "wire", "verify", "commit"]
     assert told["trainer 1"] == ["plan", "convert", "wire"]
-    for name, ranks in REPLICAS.items():
+    for name, mesh in REPLICAS.items():
         assert told[name] == ["pause", "open", "apply", "resume"]
-        for rank in range(ranks):
+        for rank in range(mesh.ranks):
             assert told[f"{name} rank {rank}"] == ["wire", "verify"]
     peers = {names[pid]: {event["args"]["peer"].rsplit("/", 1)[0] for event in events} for pid, events in wires.items()}
     assert peers == {f"trainer {rank}": {"engine-0/0", "engine-0/1", "engine-1/0"} for rank in (0, 1)}
@@ -132,11 +133,13 @@ def test_a_trainer_rank_and_a_replica_tell_prometheus(fleet: Fleet) -> None:
 
 
 def test_operations_lists_every_metric() -> None:
-    """The table's names are those of both registries, no more and no fewer."""
+    """The tables' names are those of both registries, no more and no fewer, but for the operator's."""
     registries: list[CollectorRegistry] = [TrainerMetrics().registry, ReplicaMetrics().registry]
     kinds = {"counter": "_total"}
     made = {family.name + kinds.get(family.type, "") for registry in registries for family in registry.collect()}
-    assert set(re.findall(r"^\| `(weightsync_\w+)", OPERATIONS.read_text(), re.MULTILINE)) == made
+    assert (
+        set(re.findall(r"^\| `(weightsync_(?!operator_|resource_)\w+)", OPERATIONS.read_text(), re.MULTILINE)) == made
+    )
 
 
 def test_phases_add_up_and_peers_are_parts_of_them() -> None:
@@ -227,6 +230,24 @@ def test_who_asks_ucx_for_its_words_elsewhere_gets_them_there() -> None:
     with log.asked_for(environ):
         assert environ == {"UCX_LOG_LEVEL": "debug"}
     assert log.transports() == ()
+
+
+def test_two_agents_that_are_made_at_once_do_not_take_each_others_question_away() -> None:
+    """Loans make theirs on threads: the second's variables were gone when the first was done, and it failed with a KeyError."""
+    environ: dict[str, str] = {}
+    log, inside = UcxLog.make(environ), threading.Event()
+
+    def ask() -> None:
+        with log.asked_for(environ):
+            inside.set()
+
+    with log.asked_for(environ):
+        second = threading.Thread(target=ask)
+        second.start()
+        assert not inside.wait(0.2)
+        assert environ["UCX_PROTO_INFO"] == "y"
+    second.join()
+    assert (inside.is_set(), environ) == (True, {})
 
 
 def test_ucx_is_asked_only_while_an_agent_is_made() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from weightsync import verify
 from weightsync.errors import FencedOut, WeightSyncError
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.records import WriterReport
-from weightsync.transport import Transfer, TransferState
+from weightsync.transport import Agent, Region, Transfer, TransferState
 from weightsync.wire import Decision, ReplicaState
 
 STAGED = {"commit": "staged", "staging": "device"}
@@ -74,6 +74,31 @@ def test_two_ranks_that_convert_group_by_group_bring_a_whole_version(make: Make,
         assert bench.holds(version)
 
 
+@pytest.mark.failure_mode(35)
+def test_a_push_is_one_transfer_a_group_and_the_next_push_posts_it_again(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is small enough to be one group is one transfer of many writes, prepared once for all pushes.
+
+    Seen to fail with a `Writer.learn` that connects to every member at each push.
+    """
+    prepared: list[int] = []
+    prepare = Agent.prepare
+
+    def counted(agent: Agent, peer: str, local: Sequence[Region], remote: Sequence[Region]) -> Transfer:
+        prepared.append(len(local))
+        return prepare(agent, peer, local, remote)
+
+    monkeypatch.setattr(Agent, "prepare", counted)
+    bench = make()
+    trainer = bench.trainer()
+    for version in (1, 2, 3):
+        bench.push(trainer, version)
+        assert bench.holds(version)
+    assert len(prepared) == 1
+    assert prepared[0] >= len(SHAPES)
+
+
 @pytest.mark.failure_mode(12)
 @pytest.mark.failure_mode(20)
 def test_staged_bytes_touch_no_live_tensor_before_the_commit(make: Make) -> None:
@@ -103,6 +128,32 @@ def test_a_commit_may_be_repeated(make: Make) -> None:
     bench.deliver(trainer, 2)
     assert bench.receiver.commit(record.push_id).version == held.version == 1
     assert bench.holds(1)
+
+
+@pytest.mark.failure_mode(13)
+def test_a_commit_that_breaks_off_leaves_the_rank_dirty_until_the_next_push(make: Make) -> None:
+    """What an engine derives from its weights could not be made anew: live memory is a mixture.
+
+    Seen to fail with a `Receiver.commit` that says torn only of what it measured: the abort leaves CLEAN.
+    """
+    bench = make(**STAGED)
+    trainer = bench.trainer()
+    bench.push(trainer, 1)
+    record = bench.deliver(trainer, 2)
+    bench.ledger.decide(record.push_id, Decision.COMMIT)
+
+    def breaks() -> None:
+        raise RuntimeError("out of memory")
+
+    refresh, bench.receiver._refresh = bench.receiver._refresh, breaks
+    with pytest.raises(RuntimeError, match="out of memory"):
+        bench.receiver.commit(record.push_id)
+    described = bench.receiver.abort(record.push_id, "it broke off")
+    assert (described.state, described.torn) == (ReplicaState.DIRTY, True)
+    bench.receiver._refresh = refresh
+    bench.push(trainer, 3)
+    assert bench.receiver.describe().state == ReplicaState.CLEAN
+    assert bench.holds(3)
 
 
 def test_what_was_not_verified_is_not_committed(make: Make) -> None:

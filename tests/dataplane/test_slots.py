@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tests.dataplane.slot_makers import deliver, engine, fill_all, fp8_engine, same, shard
 from weightsync.conversion import fp8
 from weightsync.errors import ConversionError, PlanError, UnsupportedLayout
+from weightsync.layout.arenas import Carrier
 from weightsync.layout.families import DENSE, ROUTER_BIAS_MOE
-from weightsync.layout.forms import ALIGN_BYTES, SCALE_SUFFIX, carry
+from weightsync.layout.forms import ALIGN_BYTES, SCALE_SUFFIX
 from weightsync.layout.records import Holding, SourceLayout, SourceTensor, TargetLayout
 from weightsync.layout.shards import LocalPiece, LocalSources, sources_of
 from weightsync.plan import make_plan
@@ -164,14 +165,14 @@ def test_what_cannot_be_carried_is_refused_by_name() -> None:
     }
     parts = SourceLayout(0, (matrix,), (Holding("w", 0, 150, 0),))
     with pytest.raises(UnsupportedLayout, match=r"w: a rank holds elements \[0, 150\), parts of rows of 100"):
-        carry(parts, wanted)
+        Carrier(wanted).carry(parts)
     whole = SourceLayout(0, (matrix,), (Holding("w", 0, 25600, 0),))
     with pytest.raises(PlanError, match="is wanted in FP8 with none as w_scale_inv"):
-        carry(whole, {"w": wanted["w"]})
+        Carrier({"w": wanted["w"]}).carry(whole)
     with pytest.raises(PlanError, match=r"with \[3, 1\] float32 as w_scale_inv"):
-        carry(whole, {**wanted, "w_scale_inv": SourceTensor("w_scale_inv", (3, 1), "float32")})
+        Carrier({**wanted, "w_scale_inv": SourceTensor("w_scale_inv", (3, 1), "float32")}).carry(whole)
     with pytest.raises(PlanError, match="engines want float64"):
-        carry(whole, {"w": SourceTensor("w", (256, 100), "float64")})
+        Carrier({"w": SourceTensor("w", (256, 100), "float64")}).carry(whole)
 
 
 def test_slots_do_not_overlap_and_are_aligned() -> None:
@@ -179,7 +180,7 @@ def test_slots_do_not_overlap_and_are_aligned() -> None:
     layout = fp8_engine({name: (len(value), 77) for name, value in weights.items()}, {})
     wanted = {tensor.name: tensor for tensor in layout.sources}
     for rank, local in enumerate(shard(weights, 3)):
-        carried = carry(local.layout(rank), wanted)
+        carried = Carrier(wanted).carry(local.layout(rank))
         spans = []
         for slot in carried.slots:
             assert slot.offset_bytes % ALIGN_BYTES == 0

@@ -121,3 +121,7 @@ def execute(plan: Plan, layouts: Sequence[SourceLayout], weights: dict[str, Tens
         arena = flat_bits(arena_of(layout, weights))
         for slot, index, offset, length in plan.writes(layout.rank).tolist():
             flat[plan.targets[index].name][offset : offset + length] = arena[slot : slot + length]
+
+
+def source(name: str, *shape: int, dtype: str = "bfloat16") -> SourceTensor:
+    return SourceTensor(name, shape, dtype)

@@ -8,6 +8,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
+from tests.dataplane.refined_engine import Experts
 from tests.dataplane.slot_makers import deliver, fill_all, fp8_engine, same, shard
 from weightsync.errors import ConversionError
 
@@ -53,3 +54,15 @@ def test_an_arena_is_filled_again_after_a_step_and_after_the_model_moved() -> No
     arenas[0].fill()
     (fresh,) = shard({"a": moved}, 1)
     assert same(deliver(arenas, layout)["p.a"], deliver(fill_all([fresh], layout), layout)["p.a"])
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_slices_that_end_inside_blocks_have_the_bytes_of_the_host(ranks: int) -> None:
+    experts = Experts(count=2, hidden=256, inner=768, tp=8, block=32)
+    layouts = {layout.digest(): layout for layout in map(experts.layout, range(experts.tp))}
+    weights = experts.weights(seed=ranks)
+    arenas = fill_all(shard({name: weight.cuda() for name, weight in weights.items()}, ranks), layouts)
+    for rank, digest in enumerate(layouts):
+        memory = deliver(arenas, arenas[0].wants(digest))
+        for name, wanted in experts.loaded(rank, weights, ue8m0=False).items():
+            assert same(memory[name].view(wanted.shape), wanted), (rank, name)

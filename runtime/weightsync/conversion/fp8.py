@@ -40,7 +40,12 @@ def block_amax(rows: Tensor, row_start: int = 0) -> Tensor:
 
 def finite(amax: Tensor) -> bool:
     """Whether no block has an infinity or a NaN in it."""
-    return not bool((amax >= _INFINITY_BITS).any())
+    return not bool(not_finite(amax))
+
+
+def not_finite(amax: Tensor) -> Tensor:
+    """[] bool, on the device of `amax`: whether some block has an infinity or a NaN in it."""
+    return (amax >= _INFINITY_BITS).any()
 
 
 def scales_of(amax: Tensor, *, ue8m0: bool = False) -> Tensor:
@@ -61,6 +66,19 @@ def quantize(rows: Tensor, scales: Tensor, row_start: int = 0) -> Tensor:
     quotient = (grid / scales[:, None, :, None]).clamp_(-FP8_MAX, FP8_MAX)
     first = row_start % BLOCK
     return quotient.view(values.shape)[first : first + rows.shape[0], : rows.shape[1]].to(torch.float8_e4m3fn)
+
+
+def spread(scales: Tensor, *, rows: range, columns: range, block: tuple[int, int]) -> Tensor:
+    """One scale for each `block` (rows, columns; they divide BLOCK) of a part of a tensor, where an engine keeps so many.
+
+    scales: [r, c] of the blocks that rows and columns touch, which count in the whole tensor; columns begin with a `block`.
+    """
+    down, across = (
+        torch.arange(within.start // size, -(-within.stop // size), device=scales.device) * size // BLOCK
+        - within.start // BLOCK
+        for within, size in zip((rows, columns), block, strict=True)
+    )
+    return scales[down][:, across]
 
 
 def dequantize(quantized: Tensor, scales: Tensor, row_start: int = 0) -> Tensor:

@@ -13,7 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from weightsync.layout.forms import Carried, carry, wanted_of
+from weightsync import collector
+from weightsync.layout.arenas import Carrier
+from weightsync.layout.forms import Outline, wanted_of
 from weightsync.layout.held import Held
 from weightsync.layout.meshes import EngineMesh, Parameter, TrainerMesh
 from weightsync.layout.packing import Packed, pack
@@ -98,6 +100,7 @@ class Figures:
         return 8 * max(self.trainer_bytes_sent.most, self.engine_bytes_received.most) / (fabric_gbps * 1e9)
 
 
+@collector.paused()
 def count(
     *,
     parameters: Sequence[Parameter],
@@ -118,7 +121,8 @@ def count(
     wanted = wanted_of(packed.layouts)
     if len(layouts) < engine.ranks:
         wanted = _with_others(wanted, sources, packed)
-    carried = [carry(each, wanted, packed.columns, packed.rows) for each in held]
+    carrier = Carrier(wanted, packed.columns, packed.rows)
+    carried = [carrier.outline(each) for each in held]
     arenas = Held([each.layout for each in carried])
     most_runs = max(map(_runs, packed.layouts.values()))
     counted = sampled(trainer.ranks, max(1, trainer.ranks * EXPANDED // max(most_runs, EXPANDED)))
@@ -204,7 +208,7 @@ def _egress(sent: np.ndarray, engine_ranks: int, arenas: Sequence[int]) -> Sprea
     return Spread.of(np.array(arenas) * (total / sum(arenas)))
 
 
-def _conversions(parameters: Sequence[Parameter], carried: Sequence[Carried]) -> list[Conversion]:
+def _conversions(parameters: Sequence[Parameter], carried: Sequence[Outline]) -> list[Conversion]:
     stored = {tensor.name: tensor.dtype for parameter in parameters for tensor in parameter.tensors()}
     carried_as = {tensor.name: tensor for each in carried for tensor in each.layout.tensors}
     tensors: Counter[tuple[str, str]] = Counter()

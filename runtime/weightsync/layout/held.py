@@ -91,14 +91,15 @@ class Held:
     def _holdings(self, sources: Sequence[SourceLayout]) -> tuple[np.ndarray, ...]:
         """(start, stop, rank index, slot) of every holding that has elements."""
         parts, faults = [], []
+        stated: tuple[SourceTensor, ...] = ()
+        index: dict[str, int] = {}
         for i, layout in enumerate(sources):
-            index = {tensor.name: self.axis.index[tensor.name] for tensor in layout.tensors}
-            count, holdings = len(layout.holdings), layout.holdings
-            tensor = np.fromiter((index.get(h.name, -1) for h in holdings), np.int64, count)
-            start, stop, slot = (
-                np.fromiter((getattr(h, field) for h in holdings), np.int64, count)
-                for field in ("start", "stop", "local_offset")
-            )
+            if layout.tensors is not stated:
+                stated, index = layout.tensors, {t.name: self.axis.index[t.name] for t in layout.tensors}
+            holdings = layout.holdings
+            count = len(holdings)
+            columns = np.array([(index.get(h.name, -1), h.start, h.stop, h.local_offset) for h in holdings], np.int64)
+            tensor, start, stop, slot = columns.reshape(count, 4).T
             numel = np.diff(self.axis.bounds)[tensor]
             bad = (tensor < 0) | (start < 0) | (start > stop) | (stop > numel) | (slot < 0)
             faults += [
@@ -144,8 +145,12 @@ def _stated(sources: Sequence[SourceLayout]) -> tuple[list[SourceTensor], dict[s
     known: dict[str, SourceTensor] = {}
     first_rank: dict[str, int] = {}
     faults = []
+    stated: tuple[SourceTensor, ...] = ()
     for layout in sources:
-        for tensor in layout.tensors:
+        if layout.tensors is stated:  # as most ranks', which `layout.arenas` gives one tuple
+            continue
+        stated = layout.tensors
+        for tensor in stated:
             other = known.setdefault(tensor.name, tensor)
             if other is tensor:
                 first_rank.setdefault(tensor.name, layout.rank)

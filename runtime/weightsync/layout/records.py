@@ -153,6 +153,8 @@ class TargetLayout:
     """Offered sources that the loader took nothing from (rotary inv_freq, experts of other ranks)."""
     meta: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Where the layout was learnt: vLLM's version, platform, model class. Not part of the digest."""
+    derived_from: str = ""
+    """Digest of all that this layout was made of, where it was made of another one: it stands for its contents. Does not travel."""
 
     @cached_property
     def numel(self) -> int:
@@ -181,7 +183,7 @@ class TargetLayout:
 
     def digest(self) -> str:
         """Hexadecimal; equal for equal layouts whatever the order they list things in, wherever they were learnt."""
-        return self._digest
+        return self.derived_from or self._digest
 
     def to_bytes(self) -> bytes:
         """Compressed JSON: 18,867 copies of a Qwen3-30B take 0.3 MB."""

@@ -12,6 +12,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -48,6 +49,39 @@ def trace_loader(
     the tensor when the loader does what cannot be noted, and CoverageError when an element of a parameter gets no value, or two.
     With `faults`, a parameter of which that is so is left out of the layout, and the reason noted there under its name.
     """
+    return _record(load, params, sources, faults).layout()
+
+
+@dataclasses.dataclass(frozen=True)
+class Followed:
+    """A loader, followed as far as that goes."""
+
+    layout: TargetLayout
+    """Of the parameters that can be written directly."""
+    faults: Mapping[str, str]
+    """Why not, for each other parameter."""
+    feeds: Mapping[str, tuple[SourceTensor, ...]]
+    """The sources, in the dtype that a parameter wants, that the loader was given when it wrote into each parameter."""
+
+
+def follow_loader(
+    load: Callable[[Iterable[tuple[str, Tensor]]], Any], params: Mapping[str, Tensor], sources: Sequence[SourceTensor]
+) -> Followed:
+    """As `trace_loader` with faults; also tells what each parameter is made from, whether it can be followed or not."""
+    faults: dict[str, str] = {}
+    recorder = _record(load, params, sources, faults)
+    layout = recorder.layout()
+    feeds = {name: tuple(recorder.sources[source] for source in sorted(fed)) for name, fed in recorder.feeds.items()}
+    return Followed(layout, faults, feeds)
+
+
+def _record(
+    load: Callable[[Iterable[tuple[str, Tensor]]], Any],
+    params: Mapping[str, Tensor],
+    sources: Sequence[SourceTensor],
+    faults: MutableMapping[str, str] | None,
+) -> _Recorder:
+    """What the loader did when each source was offered in the dtype that its parameter wants."""
     offered = {source.name: source for source in sources}
     if len(offered) != len(sources):
         raise UnsupportedLayout("sources list a name twice: offer each checkpoint tensor once")
@@ -60,7 +94,7 @@ def trace_loader(
             faults.clear()
         recorder = _watch(load, params, list(offered.values()), faults)
     recorder.check_storage(params)
-    return recorder.layout()
+    return recorder
 
 
 def _watch(
@@ -138,6 +172,8 @@ class _Recorder(TorchDispatchMode):
         """Each with the number of copies that came before it."""
         self.wanted: dict[str, str] = {}
         """Sources that parameters want in another dtype than they were offered in, which a trainer can send."""
+        self.feeds: dict[str, set[str]] = defaultdict(set)
+        """The sources that were offered when each parameter was written to."""
         self.offered = ""
         self.sources = {source.name: source for source in sources}
         self._numbered = Numbered(sources)
@@ -175,6 +211,8 @@ class _Recorder(TorchDispatchMode):
         if into.numel() == 0:
             return True
         source, found = self._source_of.get(_storage(view)), self.parameters.find(into)
+        if found is not None:
+            self.feeds[found[0]] |= {self.offered if source is None else source}
         if source is None:
             return self._note_other(into, view, found)
         if found is None:
@@ -228,6 +266,7 @@ class _Recorder(TorchDispatchMode):
         if origins is None:
             return self._fault(name, f"parameter {name} gets block scales that the loader mixed with values of its own")
         for source, start, box in origins:
+            self.feeds[name].add(source)
             place = offset + sum(at * stride for at, stride in zip(box.at, into.stride(), strict=True))
             strides = tuple(places * into.stride(dim) for dim, places in box.steps)
             self.copies.append(Copy(source, start, box.strides, name, place, strides, box.shape))
@@ -254,11 +293,12 @@ class _Recorder(TorchDispatchMode):
 
     def _refuse_other_changes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """The parameter that the operator would have changed, when that is noted as its fault instead of an error."""
-        for i, argument in _written_arguments(func):
+        for i, argument in written_arguments(func):
             value = args[i] if i < len(args) else kwargs.get(argument)
             if not isinstance(value, Tensor):
                 continue
             if (found := self.parameters.find(value)) is not None:
+                self.feeds[found[0]].add(self.offered)
                 self._fault(
                     found[0],
                     f"the loader changes parameter {found[0]} with {func} (at source {self.offered}): "
@@ -303,7 +343,7 @@ class _Recorder(TorchDispatchMode):
 
 
 @functools.cache
-def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
+def written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
     """Position and name of each argument that an operator changes in place."""
     arguments = enumerate(func._schema.arguments)
     return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)

@@ -21,7 +21,7 @@ from redis.connection import Connection
 from redis.exceptions import AuthorizationError, NoPermissionError, OutOfMemoryError
 from redis.retry import Retry
 
-from weightsync.config import Contract
+from weightsync.config import Contract, RedisTlsSection
 from weightsync.errors import LedgerUnavailable
 from weightsync.rendezvous.retry import retry_until
 
@@ -118,6 +118,7 @@ class LedgerConnection:
         database: int = 0,
         username: str | None = None,
         password: str | None = None,
+        tls: RedisTlsSection | None = None,
         retry_s: float = 5.0,
     ) -> None:
         self.session = session
@@ -131,6 +132,9 @@ class LedgerConnection:
             db=database,
             username=username,
             password=password,
+            ssl=tls is not None,
+            ssl_ca_certs=None if tls is None else tls.ca_file,
+            ssl_check_hostname=True,
             socket_timeout=SOCKET_TIMEOUT_S,
             socket_connect_timeout=SOCKET_TIMEOUT_S,
             socket_keepalive=True,
@@ -150,6 +154,7 @@ class LedgerConnection:
             database=contract.redis.database,
             username=contract.redis.username,
             password=contract.redis_password(),
+            tls=contract.redis.tls,
             retry_s=retry_s,
         )
 
@@ -197,6 +202,17 @@ class LedgerConnection:
     def _witness(self, change: Callable[[Witness], Witness]) -> None:
         with self._shared.lock:
             self._shared.witness = change(self._shared.witness)
+
+    def _note_head(self, *, epoch: int, version: int, version_epoch: int, published: int) -> None:
+        """The ledger's head is known to be at least this."""
+
+        def change(known: Witness) -> Witness:
+            seen = known.with_committed(version_epoch, version)
+            return dataclasses.replace(
+                seen, seen_epoch=max(seen.seen_epoch, epoch), published=max(seen.published, published)
+            )
+
+        self._witness(change)
 
     def _call(self, what: str, command: Callable[[redis.Redis], T]) -> T:
         """Run `command`, again on passing faults until the deadline. Raises LedgerUnavailable saying what failed."""

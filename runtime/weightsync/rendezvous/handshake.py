@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable
+from typing import Any
 
 from weightsync.rendezvous.pushes import PushLedger
 from weightsync.telemetry import Span, spans_of
@@ -68,20 +69,11 @@ class HandshakeLedger(PushLedger):
         """What the replicas applied, by name."""
         return {applied.replica: applied for applied in self._read_from_push(push_id, "applied:", Applied.from_json)}
 
-    def report_summary(self, push_id: str, summary: PushSummary) -> bool:
-        """The coordinator's account of a push, for the other trainer ranks and, in `pushes`, for the operator."""
-        self.publish_push(summary)
-        return self._add_to_push(push_id, "summary:", summary.to_json())
-
     def summary(self, push_id: str) -> PushSummary | None:
-        """The coordinator's account; None until it gave one."""
-        summaries = self._read_from_push(push_id, "summary:", PushSummary.from_json)
-        return summaries[0] if summaries else None
+        """The account of a push that ended; None until there is one."""
+        text = self._push_fields(push_id, ("summary",))["summary"]
+        return None if text is None else PushSummary.from_json(text)
 
     def _ranks_at(self, push_id: str, prefix: str) -> frozenset[int]:
-        return frozenset(
-            int(field.removeprefix(prefix)) for field in self._fields_of(push_id) if field.startswith(prefix)
-        )
-
-    def _fields_of(self, push_id: str) -> list[str]:
-        return self._call("read push", lambda client: client.hkeys(Keys(self.session).push(push_id)))  # type: ignore[return-value]
+        names: Any = self._call("read push", lambda client: client.hkeys(Keys(self.session).push(push_id)))
+        return frozenset(int(name.removeprefix(prefix)) for name in names if name.startswith(prefix))

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from weightsync.rendezvous.handshake import HandshakeLedger
 from weightsync.rendezvous.members import MemberLedger
+from weightsync.rendezvous.repairs import RepairLedger
 
 
-class Ledger(HandshakeLedger, MemberLedger):
+class Ledger(HandshakeLedger, MemberLedger, RepairLedger):
     """A thread-safe client of one session's ledger; a context manager. Every method may raise LedgerUnavailable.
 
     `Ledger.from_contract(contract)` opens the operator's; `ledger.until(deadline)` is the same, patient until then.

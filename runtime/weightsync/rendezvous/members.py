@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import redis
 
@@ -28,10 +29,10 @@ class MemberLedger(LedgerConnection):
     def join(self, member: Member, ttl_s: float) -> Member:
         """Enter or renew `member` for `ttl_s` seconds and re-assert what it holds; returns it with `joined_at` set.
 
-        Called again each third of the lease; an entry that vanished is made anew. Raises FencedOut when a later
-        incarnation of the replica has joined.
+        Called again each third of the lease; an entry that vanished is made anew. `witness` knows the head from here on. Raises
+        FencedOut when a later incarnation of the replica has joined.
         """
-        fields = dataclasses.asdict(member)
+        fields = dict(vars(member))
         joined_at = fields.pop("joined_at")
         self._witness(
             lambda known: dataclasses.replace(
@@ -39,11 +40,12 @@ class MemberLedger(LedgerConnection):
             )
         )
         arguments = (member.replica, member.incarnation, joined_at, json.dumps(fields), round(ttl_s * 1000))
-        outcome, value = self._run_witnessed("join", scripts.JOIN, *arguments)
+        outcome, value, *head = self._run_witnessed("join", scripts.JOIN, *arguments)
         if outcome == "REPLACED":
             raise FencedOut(
                 f"replica {member.replica}: incarnation {member.incarnation} was replaced by {value}; end this engine"
             )
+        self._note_head(**dict(zip(("epoch", "version", "version_epoch", "published"), head, strict=True)))
         return dataclasses.replace(member, joined_at=float(value))
 
     def leave(self, replica: str, incarnation: str) -> bool:
@@ -61,14 +63,18 @@ class MemberLedger(LedgerConnection):
 
     def lost_members(self, incarnations: Mapping[str, str]) -> tuple[str, ...]:
         """Which of these replicas (name -> incarnation) are dead, cut off, or another incarnation by now."""
-        _, leases = self._read_members()
+        if not incarnations:
+            return ()
+        names, keys = sorted(incarnations), Keys(self.session)
+        leases: Any = self._call(
+            "read leases", lambda client: client.mget([keys.replica_lease(name) for name in names])
+        )
         absent_is_lost = self.calm_s >= RENEWED_WITHIN_S
 
-        def is_lost(name: str) -> bool:
-            lease = leases.get(name)
+        def is_lost(name: str, lease: str | None) -> bool:
             return absent_is_lost if lease is None else lease != incarnations[name]
 
-        return tuple(name for name in sorted(incarnations) if is_lost(name))
+        return tuple(name for name, lease in zip(names, leases, strict=True) if is_lost(name, lease))
 
     def hold_writer_lease(self, epoch: int, rank: int, ttl_s: float) -> None:
         """Say that a trainer rank lives, for `ttl_s` seconds."""
@@ -93,8 +99,8 @@ class MemberLedger(LedgerConnection):
 
     def publish_replica_status(self, status: ReplicaStatus) -> None:
         """Show a replica's state to the operator, stamped with the ledger's clock."""
-        text = dataclasses.replace(status, updated_at=self.now()).to_json()
-        self._call("publish status", lambda client: client.hset(Keys(self.session).replicas, status.name, text))
+        fields = {name: value for name, value in vars(status).items() if name != "updated_at"}
+        self._run("publish status", scripts.PUBLISH_STATUS, status.name, json.dumps(fields))
 
     def replica_statuses(self) -> dict[str, ReplicaStatus]:
         """The last status of each replica, by name."""

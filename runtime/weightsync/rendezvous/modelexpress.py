@@ -1,8 +1,8 @@
 """The adapter to ModelExpress: engines publish how their memory is reached, trainers fetch it.
 
-Nothing is ever looked up by listing: ModelExpress answers an empty list with OK when its Redis is gone (failure
-mode 66). Who takes part comes from the ledger, and each source is fetched by its exact name. Imports grpc and
-modelexpress, and so torch.
+The server is given a sealed box a rank (`sealing`) and the rank's name. Nothing is ever looked up by listing: ModelExpress
+answers an empty list with OK when its Redis is gone (failure mode 66). Who takes part comes from the ledger, and each source is
+fetched by its exact name. Imports grpc and modelexpress, and so torch.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
+import json
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self, TypeVar
 
 import grpc
@@ -26,15 +27,17 @@ from weightsync.config import Contract
 from weightsync.errors import RendezvousUnavailable
 from weightsync.rendezvous.heartbeat import Heartbeat
 from weightsync.rendezvous.retry import retry_until
+from weightsync.rendezvous.sealing import Seal
 
 CALL_TIMEOUT_S = 5.0
 RETRY_PAUSE_S = 0.2
 HEARTBEAT_INTERVAL_S = 10.0
 """ModelExpress calls a source stale after 90 s; this often, because it is also how soon one that it forgot is back."""
 
-LAYOUT = "weightsync.layout"
-"""Name of the descriptor whose dtype holds the layout, compressed, in base64. Topology would hold it too, but is in
-every listing and rewritten by each heartbeat: for 300 KB, 24 ms a beat instead of 1, and 400 KB an entry listed."""
+SEALED = "weightsync.sealed.1"
+"""Name of the one descriptor of a source, whose dtype holds the sealed box in base64; the number is the box's form.
+Topology would hold it too, but is in every listing and rewritten by each heartbeat: for a layout of 300 KB, 24 ms a beat instead
+of 1, and 400 KB an entry listed. NIXL's metadata has a field, which the server keeps as a list of numbers, 3.6 bytes a byte."""
 
 _MESSAGE_LIMIT_BYTES = 100 * 1024 * 1024
 _CHANNEL_OPTIONS = (
@@ -89,6 +92,22 @@ class EngineDescriptor:
     def worker_id(self) -> str:
         return f"{self.replica}/{self.incarnation}/{self.rank}"
 
+    def to_fields(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        parts = {
+            name: base64.b64encode(part).decode()
+            for name, part in (("metadata", self.metadata), ("layout", self.layout))
+        }
+        # Not dataclasses.asdict, which copies deep: 2 s for 20,000 tensors.
+        return {**vars(self), **parts, "tensors": {name: vars(tensor) for name, tensor in self.tensors.items()}}
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Self:
+        """What `to_fields` made. Raises ValueError, KeyError or TypeError for anything else."""
+        parts = {name: base64.b64decode(fields[name], validate=True) for name in ("metadata", "layout")}
+        tensors = {name: RemoteTensor(**tensor) for name, tensor in fields["tensors"].items()}
+        return cls(**{**fields, **parts, "tensors": tensors})
+
 
 class _Passing(Exception):
     """A fault that may be gone at the next try."""
@@ -97,12 +116,14 @@ class _Passing(Exception):
 class Rendezvous:
     """A thread-safe client of one session's sources on a ModelExpress server; a context manager.
 
+    secret: what all members of the session have and nobody else, which seals what they publish.
     Every call is tried again until `retry_s` ran out, or until the deadline that it is given (a time.monotonic()), and
     then raises RendezvousUnavailable.
     """
 
-    def __init__(self, *, address: str, session: str, model: str, retry_s: float = 15.0) -> None:
+    def __init__(self, *, address: str, session: str, model: str, secret: str, retry_s: float = 15.0) -> None:
         self.address = address
+        self._seal = Seal(secret=secret, session=session)
         self._retry_s = retry_s
         self._identity = p2p_pb2.SourceIdentity(model_name=model, extra_parameters={"weightsync.session": session})
         self._source_id = compute_mx_source_id(self._identity)
@@ -111,14 +132,19 @@ class Rendezvous:
 
     @classmethod
     def from_contract(cls, contract: Contract, *, retry_s: float = 15.0) -> Self:
-        """A client for the contract's server and session; nothing is sent yet."""
-        address = contract.model_express.address
-        return cls(address=address, session=contract.session, model=contract.model.path, retry_s=retry_s)
+        """A client for the contract's server and session; nothing is sent yet. Raises ConfigError without the token file."""
+        return cls(
+            address=contract.model_express.address,
+            session=contract.session,
+            model=contract.model.path,
+            secret=contract.endpoint_token(),
+            retry_s=retry_s,
+        )
 
     def publish(self, source: EngineDescriptor, *, deadline: float | None = None) -> None:
         """Offer a rank's memory under its exact name, replacing what was there. `deadline` is a time.monotonic()."""
         request = p2p_pb2.PublishMetadataRequest(
-            identity=self._identity, worker=_worker(source), worker_id=source.worker_id
+            identity=self._identity, worker=_worker(source, self._seal), worker_id=source.worker_id
         )
 
         def attempt(timeout_s: float) -> None:
@@ -146,7 +172,8 @@ class Rendezvous:
     def fetch(self, replica: str, incarnation: str, rank: int, *, deadline: float | None = None) -> EngineDescriptor:
         """How to write into one rank of a replica that the ledger lists. Waits for it until the deadline.
 
-        Raises RendezvousUnavailable when the server does not answer, has lost its Redis, or does not know the rank.
+        Raises RendezvousUnavailable when the server does not answer, has lost its Redis, or does not know the rank, and when what
+        it holds was not sealed by that rank.
         """
         worker_id = f"{replica}/{incarnation}/{rank}"
         request = p2p_pb2.GetMetadataRequest(mx_source_id=self._source_id, worker_id=worker_id)
@@ -156,7 +183,7 @@ class Rendezvous:
             if not answer.found:
                 # An unknown source is answered under the name that was asked for, a fault of its Redis under none.
                 raise _Passing("it does not know the source" if answer.mx_source_id else "its Redis does not answer")
-            return _descriptor(replica, incarnation, rank, answer.worker)
+            return _opened(replica, incarnation, rank, answer.worker, self._seal)
 
         return self._retry(f"fetch {worker_id}", attempt, deadline)
 
@@ -236,57 +263,32 @@ def source_heartbeat(
     return Heartbeat(f"sources-of-{kept[0].replica}", beat, interval_s=interval_s)
 
 
-def _worker(source: EngineDescriptor) -> Any:
-    tensors = [
-        p2p_pb2.TensorDescriptor(
-            name=tensor.name,
-            addr=tensor.address,
-            size=tensor.length_bytes,
-            device_id=tensor.device_id,
-            dtype=tensor.dtype,
-        )
-        for tensor in source.tensors.values()
-    ]
-    layout = base64.b64encode(zlib.compress(source.layout, level=1)).decode()
-    tensors.append(p2p_pb2.TensorDescriptor(name=LAYOUT, size=len(source.layout), dtype=layout))
+def _worker(source: EngineDescriptor, seal: Seal) -> Any:
+    """What the server is given: nothing of how memory is reached outside the box."""
+    box = seal.seal(
+        zlib.compress(json.dumps(source.to_fields()).encode(), level=1),
+        replica=source.replica,
+        incarnation=source.incarnation,
+        rank=source.rank,
+    )
+    descriptor = p2p_pb2.TensorDescriptor(name=SEALED, size=len(box), dtype=base64.b64encode(box).decode())
     return p2p_pb2.WorkerMetadata(
         worker_rank=source.rank,
-        agent_name=source.agent_name,
-        nixl_metadata=source.metadata,
-        tensor_source=p2p_pb2.TensorSourceMetadata(tensors=tensors),
+        tensor_source=p2p_pb2.TensorSourceMetadata(tensors=[descriptor]),
         status=p2p_pb2.SOURCE_STATUS_INITIALIZING,
     )
 
 
-def _descriptor(replica: str, incarnation: str, rank: int, worker: Any) -> EngineDescriptor:
-    tensors = {
-        tensor.name: RemoteTensor(
-            name=tensor.name,
-            address=tensor.addr,
-            length_bytes=tensor.size,
-            device_id=tensor.device_id,
-            dtype=tensor.dtype,
-        )
-        for tensor in worker.tensor_source.tensors
-    }
-    layout = tensors.pop(LAYOUT, None)
-    if layout is None:
+def _opened(replica: str, incarnation: str, rank: int, worker: Any, seal: Seal) -> EngineDescriptor:
+    boxes = [tensor.dtype for tensor in worker.tensor_source.tensors if tensor.name == SEALED]
+    if len(boxes) != 1:
         raise RendezvousUnavailable(
-            f"ModelExpress source {replica}/{incarnation}/{rank} carries no layout:"
-            " is the engine's runtime of another version?"
+            f"ModelExpress source {replica}/{incarnation}/{rank} has {len(boxes)} boxes of form {SEALED}, not one: is the engine's"
+            " runtime of another version, or did a stranger publish it? Nothing is written there"
         )
     try:
-        layout_bytes = zlib.decompress(base64.b64decode(layout.dtype, validate=True))
-    except (binascii.Error, zlib.error) as error:
-        raise RendezvousUnavailable(
-            f"ModelExpress source {replica}/{incarnation}/{rank}: its layout is damaged ({error}); restart the engine"
-        ) from error
-    return EngineDescriptor(
-        replica=replica,
-        incarnation=incarnation,
-        rank=rank,
-        agent_name=worker.agent_name,
-        metadata=worker.nixl_metadata,
-        tensors=tensors,
-        layout=layout_bytes,
-    )
+        box = base64.b64decode(boxes[0], validate=True)
+    except binascii.Error:
+        box = b""  # no box of anybody's
+    content = seal.open(box, replica=replica, incarnation=incarnation, rank=rank)
+    return EngineDescriptor.from_fields(json.loads(zlib.decompress(content)))

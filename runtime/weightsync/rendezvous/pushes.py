@@ -18,10 +18,10 @@ from weightsync.wire import PUSHES_KEPT, Decision, Keys, PushSummary
 
 PUSH_TTL_S = 86_400
 """A push's record outlives every reader of its decision, and then goes by itself."""
-
-
-DECISION_WAIT_S = 0.5
-"""Shorter than the socket's timeout; who waits longer asks again, and finds out when the ledger lost the push."""
+TOLD_TTL_S = 600
+"""After the last word. Its reader reads as it is told, and finds in the push's record what it missed."""
+BLOCK_S = 0.5
+"""Longest blocking read, shorter than the socket's timeout: who waits longer asks again, and learns when the ledger lost a push."""
 
 
 class PushLedger(LedgerConnection):
@@ -47,7 +47,7 @@ class PushLedger(LedgerConnection):
         names = ("epoch", "version", "version_epoch", "published")
         values = self._call("head", lambda client: client.hmget(Keys(self.session).head, list(names)))
         head = Head(**{name: int(value or 0) for name, value in zip(names, values, strict=True)})
-        self._note_head(head)
+        self._note_head(**vars(head))
         return head
 
     def raise_head(self, epoch: int, version: int, seen_epoch: int = 0) -> Head:
@@ -59,7 +59,7 @@ class PushLedger(LedgerConnection):
         )
         epoch_, version_, version_epoch, published = self._run_witnessed("raise_head", scripts.RAISE_HEAD)
         head = Head(epoch=epoch_, version=version_, version_epoch=version_epoch, published=published)
-        self._note_head(head)
+        self._note_head(**vars(head))
         return head
 
     def begin_push(
@@ -131,14 +131,23 @@ class PushLedger(LedgerConnection):
         return Verdict(decision=Decision(values["decision"]), reason=values["reason"] or "")
 
     def await_decision(self, push_id: str, patience_s: float) -> Verdict | None:
-        """As `decision`, but one that is still OPEN is waited for, without polling, for at most DECISION_WAIT_S."""
-        key = Keys(self.session).decided(push_id)
-        block_ms = max(1, round(min(patience_s, DECISION_WAIT_S) * 1000))
-        told: Any = self._call("await decision", lambda client: client.xread({key: "0"}, count=1, block=block_ms))
+        """As `decision`, but one that is still OPEN is waited for, without polling, for at most BLOCK_S."""
+        told = self._await_entries("await decision", Keys(self.session).decided(push_id), "0", patience_s)
         if not told:
             return self.decision(push_id)
-        [[_, [[_, entry]]]] = told if isinstance(told, list) else told.items()
+        entry = told[0][1]
         return Verdict(decision=Decision(entry["decision"]), reason=entry["reason"])
+
+    def told(self, push_id: str, after: str, patience_s: float) -> list[tuple[str, dict[str, str]]]:
+        """What was added to a push since the entry `after` ("0": ever), as (entry, fields); waits for one for at most BLOCK_S.
+
+        The stream may be gone while `fields_of` is not, never the other way round.
+        """
+        return self._await_entries("await news", Keys(self.session).told(push_id), after, patience_s)
+
+    def fields_of(self, push_id: str) -> dict[str, str]:
+        """All that is known of a push, by field of its hash; empty when the ledger does not know it."""
+        return self._call("read push", lambda client: client.hgetall(Keys(self.session).push(push_id)))  # type: ignore[return-value]
 
     def decide(self, push_id: str, wanted: Decision, reason: str = "") -> Verdict:
         """End a push, once: the first decision stays, and this returns the one in force.
@@ -148,7 +157,8 @@ class PushLedger(LedgerConnection):
         """
         if wanted is Decision.OPEN:
             raise ValueError("a push is decided by COMMIT or ABORT")
-        decision, why = self._run_witnessed("decide", scripts.DECIDE, push_id, wanted.value, reason, PUSH_TTL_S)
+        arguments = (push_id, wanted.value, reason, PUSH_TTL_S, TOLD_TTL_S)
+        decision, why = self._run_witnessed("decide", scripts.DECIDE, *arguments)
         verdict = Verdict(decision=Decision(decision), reason=why)
         if verdict.decision is Decision.COMMIT:
             epoch, version, _ = map(int, push_id.split("."))
@@ -182,22 +192,25 @@ class PushLedger(LedgerConnection):
         return {(vote.replica, vote.rank): vote for vote in votes}
 
     def publish_push(self, summary: PushSummary) -> None:
-        """Put a push that ended at the head of the list that the operator shows."""
-        self._run("publish_push", scripts.PUBLISH_PUSH, summary.to_json(), PUSHES_KEPT)
+        """Give the account of a push that ended: to the other trainer ranks, and first in the list that the operator shows.
+
+        The first account of a push stays.
+        """
+        self._run("publish_push", scripts.PUBLISH_PUSH, summary.to_json(), PUSHES_KEPT, summary.push_id)
 
     def pushes(self) -> list[PushSummary]:
         """Pushes that ended, newest first, at most PUSHES_KEPT."""
         texts = self._call("pushes", lambda client: client.lrange(Keys(self.session).pushes, 0, -1))
         return [PushSummary.from_json(text) for text in texts]  # type: ignore[union-attr]
 
-    def _note_head(self, head: Head) -> None:
-        def change(known: Witness) -> Witness:
-            seen = known.with_committed(head.version_epoch, head.version)
-            return dataclasses.replace(
-                seen, seen_epoch=max(seen.seen_epoch, head.epoch), published=max(seen.published, head.published)
-            )
-
-        self._witness(change)
+    def _await_entries(self, what: str, key: str, after: str, patience_s: float) -> list[tuple[str, dict[str, str]]]:
+        """Entries of a stream behind `after`; none when it gets none within BLOCK_S and `patience_s`."""
+        block_ms = max(1, round(min(patience_s, BLOCK_S) * 1000))
+        told: Any = self._call(what, lambda client: client.xread({key: after}, block=block_ms))
+        if not told:
+            return []
+        [[_, entries]] = told if isinstance(told, list) else told.items()
+        return entries
 
     def _push_fields(self, push_id: str, names: tuple[str, ...]) -> dict[str, Any]:
         key = Keys(self.session).push(push_id)
@@ -205,12 +218,11 @@ class PushLedger(LedgerConnection):
         return dict(zip(names, values, strict=True))
 
     def _add_to_push(self, push_id: str, field: str, text: str) -> bool:
-        return bool(self._run(f"write {field}", scripts.ADD_TO_PUSH, push_id, field, text))
+        return bool(self._run(f"write {field}", scripts.ADD_TO_PUSH, push_id, field, text, TOLD_TTL_S))
 
     def _read_from_push(self, push_id: str, prefix: str, parse: Callable[[str], Any]) -> list[Any]:
-        key = Keys(self.session).push(push_id)
-        fields = self._call("read push", lambda client: client.hgetall(key))
-        return [parse(text) for field, text in sorted(fields.items()) if field.startswith(prefix)]  # type: ignore[union-attr]
+        fields = sorted(self.fields_of(push_id).items())
+        return [parse(text) for field, text in fields if field.startswith(prefix)]
 
 
 def _with_tried(known: Witness, version: int, attempt: int) -> Witness:

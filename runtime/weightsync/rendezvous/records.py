@@ -1,4 +1,4 @@
-"""Records of the rendezvous that only the runtime reads: members, pushes, reports, votes.
+"""Records of the rendezvous that only the runtime reads: members, pushes, claims, reports, votes.
 
 Frozen, JSON in and out, no tensor, no client; imports `weightsync.wire` and `weightsync.telemetry` only. What the operator
 reads too is in `wire`.
@@ -20,7 +20,7 @@ class Member(JsonRecord):
     url: str
     """http base of the engine's endpoint, without a trailing slash."""
     ranks: int
-    """Workers of the replica (its tensor parallel size)."""
+    """Workers of the replica: its data-parallel times its tensor parallel size."""
     incarnation: str
     """Unique to one engine process: pod UID and process start."""
     layout_digests: tuple[str, ...]
@@ -33,6 +33,8 @@ class Member(JsonRecord):
     """Newest epoch that any accepted push carried; never below `epoch`."""
     state: str = "CLEAN"
     digest: str = ""
+    lends: bool = False
+    """Whether other replicas may be repaired from its live memory: a NIC can register it."""
     joined_at: float = 0.0
     """Seconds since the Unix epoch by the ledger's clock; 0 until the first join, which sets it. The later of two
     incarnations under one name wins."""
@@ -41,6 +43,10 @@ class Member(JsonRecord):
         object.__setattr__(self, "layout_digests", tuple(self.layout_digests))
         if len(self.layout_digests) != self.ranks:
             raise ValueError(f"member {self.replica}: {len(self.layout_digests)} layout digests for {self.ranks} ranks")
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return (self.epoch, self.version)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +69,7 @@ class Head:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PushRecord(JsonRecord):
-    """One push as its coordinator opened it; nothing in it changes afterwards."""
+    """One push, or one repair, as its coordinator opened it; nothing in it changes afterwards."""
 
     push_id: str
     """epoch.version.attempt"""
@@ -79,13 +85,38 @@ class PushRecord(JsonRecord):
     deadline_at: float
     """Seconds since the Unix epoch by the ledger's clock; nothing commits after it."""
     writers: int
-    """World size of the trainer."""
+    """World size of the trainer; in a repair, of the replica that lends."""
     plan_digests: dict[str, str]
     """Digest of the plan for each layout digest."""
     members: dict[str, str]
     """Incarnation of each replica that takes part."""
     verify: str = "full"
     """`transfer.verify` of the coordinator, which all sides follow: engines may still run under an older contract."""
+    source: str = ""
+    """Of a repair: the replica that lends its memory. Empty when a trainer writes."""
+    source_incarnation: str = ""
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return (self.epoch, self.version)
+
+    def writers_into(self, rank: int) -> frozenset[int]:
+        """Who writes into rank `rank` of a replica: every rank of a trainer; in a repair, the lender's rank of that number."""
+        return frozenset({rank}) if self.source else frozenset(range(self.writers))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Claim(JsonRecord):
+    """Somebody brings a replica to the committed version, and nobody else does."""
+
+    replica: str
+    """The one that is repaired."""
+    source: str
+    """The replica that lends; empty for a trainer."""
+    lease: str
+    """Key of the holder's lease, without the session's prefix."""
+    word: str
+    """What that key holds while the holder lives."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -89,20 +89,24 @@ return {'OK', push_id, version, attempt, text(deadline_at)}
 DECIDE = (
     _PRELUDE
     + """
--- ARGV[6..9]: push id, decision wanted, reason, TTL. Answers the decision in force and its reason.
+-- ARGV[6..10]: push id, decision wanted, reason, TTL, TTL of the stream. Answers the decision in force and its reason.
 local key = prefix .. 'push:' .. ARGV[6]
-local push = redis.call('HMGET', key, 'decision', 'reason', 'epoch', 'version', 'deadline_at', 'catch_up')
+local push = redis.call('HMGET', key, 'decision', 'reason', 'epoch', 'version', 'deadline_at', 'catch_up', 'repair')
 if push[1] and push[1] ~= 'OPEN' then return {push[1], push[2]} end
 
 local function refusal()
   if not push[1] then return 'the ledger does not know push ' .. ARGV[6] .. ': its Redis lost its data' end
   local epoch, version, late = tonumber(push[3]), tonumber(push[4]), now() - tonumber(push[5])
   if ARGV[7] == 'ABORT' then return ARGV[8] end
-  if get('epoch') ~= epoch then
+  local committed_epoch, committed = get('version_epoch'), get('version')
+  if push[7] == '1' then -- a repair: a new trainer does not end it, a new version does
+    if committed_epoch ~= epoch or committed ~= version then
+      return string.format('version %d of epoch %d was committed meanwhile', committed, committed_epoch)
+    end
+  elseif get('epoch') ~= epoch then
     return string.format('epoch %d is in force, the push is of epoch %d', get('epoch'), epoch)
   end
   if late > 0 then return string.format('its deadline passed %.3f s before the commit', late) end
-  local committed_epoch, committed = get('version_epoch'), get('version')
   if push[6] == '0' and (committed_epoch > epoch or (committed_epoch == epoch and committed >= version)) then
     return string.format('version %d of epoch %d is committed already', committed, committed_epoch)
   end
@@ -114,6 +118,8 @@ local function tell(decision, reason)
   -- Whoever blocks on this stream wakes up; one that comes later finds the entry.
   redis.call('XADD', key .. ':decided', '*', 'decision', decision, 'reason', reason)
   redis.call('EXPIRE', key .. ':decided', ARGV[9])
+  redis.call('XADD', key .. ':told', '*', 'decision', decision, 'reason', reason)
+  redis.call('EXPIRE', key .. ':told', ARGV[10])
 end
 
 local reason = refusal()
@@ -128,11 +134,65 @@ return {'COMMIT', ''}
 """
 )
 
+_CLAIM = (
+    _PRELUDE
+    + """
+-- The claim of somebody else on a replica; one whose holder's lease is gone, or another incarnation's, does not stand.
+local function claimed(replica, text)
+  local known = redis.call('GET', prefix .. 'repair:' .. replica)
+  if not known or known == text then return nil end
+  local claim = cjson.decode(known)
+  if redis.call('GET', prefix .. claim.lease) ~= claim.word then return nil end
+  return known
+end
+"""
+)
+
+CLAIM_REPAIR = (
+    _CLAIM
+    + """
+-- ARGV[6..8]: replica, claim, TTL in milliseconds.
+local other = claimed(ARGV[6], ARGV[7])
+if other then return {'TAKEN', other} end
+redis.call('SET', prefix .. 'repair:' .. ARGV[6], ARGV[7], 'PX', ARGV[8])
+return {'OK', ''}
+"""
+)
+
+BEGIN_REPAIR = (
+    _CLAIM
+    + """
+-- ARGV[6..13]: replica, claim, its TTL in milliseconds, epoch, version, timeout, the record's constant part, TTL.
+local epoch, version = tonumber(ARGV[9]), tonumber(ARGV[10])
+if get('version_epoch') ~= epoch or get('version') ~= version then return {'MOVED'} end
+if claimed(ARGV[6], ARGV[7]) then return {'TAKEN'} end
+redis.call('SET', prefix .. 'repair:' .. ARGV[6], ARGV[7], 'PX', ARGV[8])
+local attempt = get('attempts') + 1
+local push_id = string.format('%d.%d.%d', epoch, version, attempt)
+local deadline_at = now() + tonumber(ARGV[11])
+redis.call('HSET', head, 'attempts', attempt)
+local key = prefix .. 'push:' .. push_id
+redis.call('HSET', key, 'record', ARGV[12], 'epoch', epoch, 'version', version, 'attempt', attempt,
+           'deadline_at', text(deadline_at), 'catch_up', '1', 'repair', '1', 'decision', 'OPEN', 'reason', '')
+redis.call('EXPIRE', key, ARGV[13])
+return {'OK', push_id, attempt, text(deadline_at)}
+"""
+)
+
+RELEASE_REPAIR = """
+-- ARGV: replica, claim.
+local key = KEYS[1] .. 'repair:' .. ARGV[1]
+if redis.call('GET', key) ~= ARGV[2] then return 0 end
+return redis.call('DEL', key)
+"""
+
 ADD_TO_PUSH = """
--- ARGV: push id, field, JSON. A push that the ledger lost is not half recreated.
+-- ARGV: push id, field, JSON, TTL of the stream. A push that the ledger lost is not half recreated.
 local key = KEYS[1] .. 'push:' .. ARGV[1]
 if redis.call('HEXISTS', key, 'record') == 0 then return 0 end
 redis.call('HSET', key, ARGV[2], ARGV[3])
+redis.call('XADD', key .. ':told', '*', ARGV[2], ARGV[3])
+redis.call('EXPIRE', key .. ':told', ARGV[4])
 return 1
 """
 
@@ -152,9 +212,16 @@ if joined_at == 0 then joined_at = now() end
 local member = string.gsub(ARGV[9], '}$', ',"joined_at":' .. text(joined_at) .. '}')
 redis.call('HSET', prefix .. 'members', ARGV[6], member)
 redis.call('SET', prefix .. 'lease:replica:' .. ARGV[6], ARGV[7], 'PX', ARGV[10])
-return {'OK', text(joined_at)}
+return {'OK', text(joined_at), get('epoch'), get('version'), get('version_epoch'), get('published')}
 """
 )
+
+PUBLISH_STATUS = """
+-- ARGV: replica, its status's JSON without updated_at.
+local t = redis.call('TIME')
+local updated_at = string.format('%.6f', tonumber(t[1]) + tonumber(t[2]) / 1e6)
+return redis.call('HSET', KEYS[1] .. 'replicas', ARGV[1], (string.gsub(ARGV[2], '}$', ',"updated_at":' .. updated_at .. '}')))
+"""
 
 LEAVE = """
 -- ARGV: replica, incarnation.
@@ -167,9 +234,11 @@ return 1
 """
 
 PUBLISH_PUSH = """
--- ARGV: JSON, length to keep. A retry after a lost answer does not list a push twice.
-local list = KEYS[1] .. 'pushes'
-if redis.call('LINDEX', list, 0) == ARGV[1] then return 0 end
+-- ARGV: JSON, length to keep, push id. The first account of a push that is known stays: a retry after a lost answer, or the
+-- coordinator of the next epoch, does not list it twice.
+local list, key = KEYS[1] .. 'pushes', KEYS[1] .. 'push:' .. ARGV[3]
+if redis.call('HEXISTS', key, 'summary') == 1 or redis.call('LINDEX', list, 0) == ARGV[1] then return 0 end
+if redis.call('HEXISTS', key, 'record') == 1 then redis.call('HSET', key, 'summary', ARGV[1]) end
 redis.call('LPUSH', list, ARGV[1])
 redis.call('LTRIM', list, 0, tonumber(ARGV[2]) - 1)
 return 1

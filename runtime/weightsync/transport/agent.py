@@ -12,9 +12,11 @@ from __future__ import annotations
 import enum
 import functools
 import importlib
+import logging
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 BACKEND = "UCX"
 PACKAGES = ("nixl_cu12", "nixl_cu13")
+SEND_POLL_S = 0.002
+"""Between two calls that move a message on; each takes a microsecond when there is nothing to do."""
 
 
 class TransferState(enum.Enum):
@@ -137,7 +141,10 @@ class Agent:
         return Transfer(self._agent, handle, (source, target), peer, sum(region.length_bytes for region in local))
 
     def notify(self, peer: str, payload: bytes) -> None:
-        """Send a message; it may overtake transfers, so send it only when they are all terminal."""
+        """Send a message; it may overtake transfers, so send it only when they are all terminal.
+
+        One of megabytes leaves in pieces, and only while this process calls NIXL: see `sending_on`.
+        """
         try:
             self._agent.send_notif(peer, payload)
         except Exception as error:
@@ -147,6 +154,26 @@ class Agent:
         """(peer agent name, payload) of each message that came since the last call."""
         received = self._agent.get_new_notifs()
         return [(peer, payload) for peer, payloads in received.items() for payload in payloads]
+
+    @contextmanager
+    def sending_on(self) -> Iterator[None]:
+        """Within, messages that were sent go on to their end: a thread polls NIXL, which has none of its own here.
+
+        Measured over tcp, 10 MB on loopback: without a call of the sender they never arrived.
+        """
+        done = threading.Event()
+
+        def poll() -> None:
+            while not done.wait(SEND_POLL_S):
+                self.notifications()
+
+        thread = threading.Thread(target=poll, name="weightsync-send", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def close(self) -> None:
         """Deregister and destroy the agent: over tcp, peers can reach nothing of ours from here on."""
@@ -225,12 +252,21 @@ class Transfer:
             self._agent.release_dlist_handle(descriptors)  # type: ignore[attr-defined]
 
 
+@functools.cache
 def _nixl() -> Any:
     """NIXL's Python API, which its wheels carry under one name for each major version of CUDA."""
     for name in PACKAGES:
         with suppress(ModuleNotFoundError):
-            return importlib.import_module(f"{name}._api")
+            api = importlib.import_module(f"{name}._api")
+            _log_as_libraries_do(logging.getLogger("nixl"))
+            return api
     raise TransportError(f"NIXL is not installed: none of {', '.join(PACKAGES)} can be imported")
+
+
+def _log_as_libraries_do(logger: logging.Logger) -> None:
+    """NIXL prints its log to standard output, where a command's report goes: leave it to the application's handlers instead."""
+    logger.handlers.clear()
+    logger.propagate = True
 
 
 def _triples(regions: Sequence[Region]) -> list[tuple[int, int, int]]:

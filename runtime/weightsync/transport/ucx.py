@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,7 @@ class UcxLog:
         self._path = path
         self._read_bytes = 0
         self._rest = ""
+        self._asking = threading.Lock()
         self._parser = _Parser()
 
     @classmethod
@@ -59,12 +61,13 @@ class UcxLog:
         if self._path is None:
             yield
             return
-        environ.update(zip(_VARIABLES, ("y", "info", str(self._path)), strict=True))
-        try:
-            yield
-        finally:
-            for name in _VARIABLES:
-                environ.pop(name, None)
+        with self._asking:  # loans make their agents on threads
+            environ.update(zip(_VARIABLES, ("y", "info", str(self._path)), strict=True))
+            try:
+                yield
+            finally:
+                for name in _VARIABLES:
+                    environ.pop(name, None)
 
     def transports(self) -> tuple[str, ...]:
         """Transports of all remote writes to other processes so far, sorted; empty when UCX has told of none.

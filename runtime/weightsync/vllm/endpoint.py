@@ -1,6 +1,7 @@
 """Entry point of `vllm.endpoint_plugins`: the routes by which a trainer opens a push, and probes ask for readiness.
 
     POST /weightsync/v1/push     open a push (bearer token); the body is a `PushRecord`
+    POST /weightsync/v1/lend     write live memory into a replica that is repaired (bearer token); the body is its `PushRecord`
     GET  /weightsync/v1/state    what this replica holds (bearer token)
     POST /weightsync/v1/verify   the same, after measuring live memory again (bearer token)
     GET  /weightsync/v1/ready    200 when it may serve, else 503 with the reason
@@ -17,6 +18,7 @@ from __future__ import annotations
 import hmac
 import logging
 import os
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -29,6 +31,7 @@ from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.records import PushRecord
 from weightsync.vllm.native_gate import CONTROL_ROUTES, NativeGate
 from weightsync.vllm.plugin import BACKEND
+from weightsync.vllm.ranks import go_on_together, reaching_all_ranks
 from weightsync.vllm.replica import Replica
 from weightsync.vllm.versions import LabelledEngine, VersionHeader, watch
 
@@ -55,7 +58,9 @@ class WeightSyncEndpoint:
         app.add_middleware(ServingGate, endpoint=self)
         if self._contract is None:
             return
-        app.add_api_route(f"{PREFIX}/push", self._push, methods=["POST"])
+        # Not FastAPI's own routes, which look for dependencies in every call: a push calls a whole fleet at once.
+        app.router.add_route(f"{PREFIX}/push", self._push, methods=["POST"])
+        app.router.add_route(f"{PREFIX}/lend", self._lend, methods=["POST"])
         app.add_api_route(f"{PREFIX}/state", self._state, methods=["GET"])
         app.add_api_route(f"{PREFIX}/verify", self._verify, methods=["POST"])
         app.add_api_route(f"{PREFIX}/ready", self._ready, methods=["GET"])
@@ -68,7 +73,7 @@ class WeightSyncEndpoint:
             await self._init_native(engine_client)
             return
         self._engine = engine_client
-        engine: Any = LabelledEngine(engine_client, self._version)
+        engine: Any = LabelledEngine(reaching_all_ranks(engine_client), self._version)
         watch(engine_client, self._version)
         await engine.label()
         self._replica = Replica(
@@ -76,6 +81,7 @@ class WeightSyncEndpoint:
             contract=self._contract,
             facts=PodFacts.load(),
             ledger=Ledger.from_contract(self._contract),
+            together=go_on_together(engine_client),
         )
         self._replica.start()
 
@@ -110,6 +116,13 @@ class WeightSyncEndpoint:
         return self._native
 
     async def _push(self, request: Request) -> JSONResponse:
+        return await self._take(request, self._member().open)
+
+    async def _lend(self, request: Request) -> JSONResponse:
+        return await self._take(request, self._member().lend)
+
+    async def _take(self, request: Request, act: Callable[[PushRecord], Awaitable[dict[str, Any]]]) -> JSONResponse:
+        """Do what a push record in the body is for."""
         if (denied := self._denied(request)) is not None:
             return denied
         try:
@@ -117,7 +130,7 @@ class WeightSyncEndpoint:
         except (ValueError, TypeError) as error:
             return _problem(400, f"body is no push record: {error}")
         try:
-            return JSONResponse(await self._member().open(record))
+            return JSONResponse(await act(record))
         except WeightSyncError as error:
             return _problem(_STATUS.get(type(error), 500), str(error))
 
@@ -143,6 +156,8 @@ class WeightSyncEndpoint:
                 "epoch": view.epoch,
                 "committed": view.committed,
                 "digest": view.digest,
+                "direct_bytes": view.direct_bytes,
+                "replayed_bytes": view.replayed_bytes,
                 "serving": not refusal,
                 "reason": refusal,
             }
@@ -157,6 +172,8 @@ class WeightSyncEndpoint:
             await self._engine.check_health()
         except Exception as error:  # vLLM raises several types; each of them means that the engine is dead
             return _problem(503, f"engine is dead: {error}")
+        if stuck := self._member().stuck:
+            return _problem(503, stuck)
         return JSONResponse({"live": True})
 
     async def _metrics(self) -> Response:

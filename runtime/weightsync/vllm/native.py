@@ -6,14 +6,13 @@ vLLM's base classes and the records, not torch.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 from typing import Any, ClassVar
 
 from vllm.distributed.weight_transfer.base import TrainerInitInfo, WeightTransferInitInfo, WeightTransferUpdateInfo
 
 from weightsync.layout.records import SourceTensor
-from weightsync.rendezvous.modelexpress import EngineDescriptor, RemoteTensor
+from weightsync.rendezvous.modelexpress import EngineDescriptor
 from weightsync.vllm.plugin import BACKEND
 
 EPOCH = 1
@@ -64,16 +63,9 @@ def source_tensors(sources: list[list[Any]]) -> list[SourceTensor]:
 
 def encode_descriptor(descriptor: EngineDescriptor, version: int, started: bool) -> dict[str, Any]:
     """An engine rank's first message: how it is written to, the version that it holds, and whether an update is unfinished."""
-    fields = dataclasses.asdict(descriptor)
-    for name in ("metadata", "layout"):
-        fields[name] = base64.b64encode(fields[name]).decode()
-    return {"engine": fields, "version": version, "started": started}
+    return {"engine": descriptor.to_fields(), "version": version, "started": started}
 
 
 def decode_descriptor(message: dict[str, Any]) -> EngineDescriptor:
     """The engine of such a message."""
-    fields = dict(message["engine"])
-    for name in ("metadata", "layout"):
-        fields[name] = base64.b64decode(fields[name], validate=True)
-    fields["tensors"] = {name: RemoteTensor(**tensor) for name, tensor in fields["tensors"].items()}
-    return EngineDescriptor(**fields)
+    return EngineDescriptor.from_fields(message["engine"])

@@ -6,7 +6,8 @@ worker extension get it without a flag, so that this package and VLLM_PLUGINS ar
 On the CPU build it keeps live parameters in the layout that the loader wrote, which is also a GPU's. vLLM would otherwise
 repack linear weights for oneDNN or SGL kernels, and leave empty parameters behind (vllm/_custom_ops.py,
 vllm/model_executor/layers/utils.py), and experts into tiles of the same size (fused_moe/experts/cpu_moe.py). Here the experts
-are packed at each call instead: slow, and right after a push.
+are packed at each call instead: slow, and right after a push. With WEIGHTSYNC_CPU_KERNELS=vllm in the environment vLLM has its
+way, and those modules are replayed.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import os
 import sys
 from typing import Any
 
-from weightsync.config import Contract
+from weightsync.vllm.ranks import require_one_client
 
 BACKEND = "weightsync"
 """`--weight-transfer-config '{"backend": "weightsync"}'`"""
 WORKER_EXTENSION = "weightsync.vllm.worker.WorkerExtension"
+CPU_KERNELS = "WEIGHTSYNC_CPU_KERNELS"
+"""`vllm`: leave vLLM's CPU kernels as they are, faster, and have what they repack replayed."""
 
 _done: set[str] = set()
 """What was registered in this process."""
@@ -31,9 +34,9 @@ def register() -> None:
     """Prepare this process; safe to repeat."""
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
+    if current_platform.is_cpu() and os.environ.get(CPU_KERNELS, "") != "vllm":
         _keep_load_layout()
-    if "staging" not in _done and "WEIGHTSYNC_CONFIG" in os.environ and Contract.load().transfer.commit == "staged":
+    if "staging" not in _done and "WEIGHTSYNC_CONFIG" in os.environ:
         _stage_when_loaded()
         _done.add("staging")
     if "backend" not in _done:
@@ -47,7 +50,7 @@ def register() -> None:
 
 
 def _stage_when_loaded() -> None:
-    """Have each worker take its staging memory as the last step of loading: vLLM measures what is free only afterwards.
+    """Have each worker take its memory for pushes as the last step of loading: vLLM measures what is free only afterwards.
 
     The worker extension has no part in loading, and its RPCs come when the KV cache has taken the memory (failure mode 52).
     """
@@ -71,15 +74,22 @@ def _register_backend() -> None:
 
 
 def _extend_workers(engine_args: Any) -> None:
-    """Engines of a session, and those with this backend, get the worker extension unless the command line names one."""
+    """Engines of a session, and those with this backend, get the worker extension unless the command line names one.
+
+    One that could not commit as a whole is refused before it loads (ConfigError).
+    """
     build = engine_args.create_engine_config
 
     @functools.wraps(build)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         native = getattr(self.weight_transfer_config, "backend", None) == BACKEND
-        if not self.worker_extension_cls and (native or "WEIGHTSYNC_CONFIG" in os.environ):
+        in_session = "WEIGHTSYNC_CONFIG" in os.environ
+        if not self.worker_extension_cls and (native or in_session):
             self.worker_extension_cls = WORKER_EXTENSION
-        return build(self, *args, **kwargs)
+        config = build(self, *args, **kwargs)
+        if in_session:
+            require_one_client(config.parallel_config)
+        return config
 
     engine_args.create_engine_config = create_engine_config
 

@@ -16,15 +16,19 @@ import time
 from typing import Any, Protocol
 
 from weightsync.config import Contract, PodFacts
-from weightsync.errors import DeadlineExceeded, FencedOut, LedgerUnavailable, WeightSyncError
+from weightsync.errors import ConfigError, DeadlineExceeded, FencedOut, LedgerUnavailable, WeightSyncError
 from weightsync.metrics import ReplicaMetrics
-from weightsync.receiver import Description
+from weightsync.rank_state import Description
 from weightsync.rendezvous.handshake import Applied
 from weightsync.rendezvous.heartbeat import Heartbeat
 from weightsync.rendezvous.incarnation import replica_incarnation
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.records import Member, PushRecord, Verdict
+from weightsync.repair import Repairer
 from weightsync.telemetry import Stopwatch
+from weightsync.vllm.pauses import Pausable, Pauses, within
+from weightsync.vllm.ranks import require_every_rank
+from weightsync.vllm.view import View
 from weightsync.waiting import Deadline
 from weightsync.wire import Decision, ReplicaState, ReplicaStatus
 
@@ -33,77 +37,32 @@ logger = logging.getLogger(__name__)
 LEASE_S = 9.0
 """A replica that is not heard of for so long is no member of the next push; renewed each third of it."""
 DECISION_POLL_S = 0.01
+GIVE_UP_S = 1.0
+"""How long the answer to a push that was not opened waits for its abort; requests that hold a pause up may take longer."""
 
 
-class Engine(Protocol):
+class Engine(Pausable, Protocol):
     """The part of vLLM's EngineClient that a replica needs."""
 
-    async def pause_generation(self, *, mode: Any, clear_cache: bool) -> None: ...
-    async def resume_generation(self) -> None: ...
     async def collective_rpc(self, method: str, timeout: float | None = None, args: tuple = ()) -> list[Any]: ...
     async def check_health(self) -> None: ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class View:
-    """What the replica last knew of its workers and of the ledger."""
-
-    ranks: tuple[Description, ...] = ()
-    """By rank; empty until the workers have offered their memory."""
-    committed: int | None = None
-    """The session's committed version; None until the ledger was read once."""
-    fault: str = ""
-    """Why the replica could not start, so far."""
-
-    @property
-    def state(self) -> ReplicaState:
-        """The worst state of any rank: a replica commits, and is dirty, as a whole; ranks of two versions are dirty together."""
-        states = {ReplicaState(rank.state) for rank in self.ranks}
-        if len({(rank.epoch, rank.version) for rank in self.ranks}) > 1:
-            return ReplicaState.DIRTY
-        for state in (ReplicaState.DIRTY, ReplicaState.OPEN, ReplicaState.VERIFIED):
-            if state in states:
-                return state
-        return ReplicaState.CLEAN
-
-    @property
-    def torn(self) -> bool:
-        """Whether the engine must not answer from what it holds, whatever push is under way."""
-        return self.state is ReplicaState.DIRTY or any(rank.torn for rank in self.ranks)
-
-    @property
-    def version(self) -> int:
-        return min((rank.version for rank in self.ranks), default=0)
-
-    @property
-    def epoch(self) -> int:
-        return min((rank.epoch for rank in self.ranks), default=0)
-
-    @property
-    def digest(self) -> str:
-        return "+".join(rank.digest for rank in self.ranks)
-
-    def refusal(self, max_skew: int) -> str:
-        """Why the replica must not serve; empty when it may. A planned pause does not count: requests wait in the engine."""
-        if not self.ranks:
-            return self.fault or "starting: the engine's memory is not offered yet"
-        if self.committed is None:
-            return self.fault or "starting: the ledger was not read yet"
-        if self.torn:
-            return "; ".join(rank.reason for rank in self.ranks if rank.reason) or "weights are torn"
-        about_to_switch = (
-            self.state is ReplicaState.VERIFIED
-        )  # paused for the committed version: requests wait in the engine
-        if self.committed - self.version > max_skew and not about_to_switch:
-            return f"holds version {self.version}, version {self.committed} is committed"
-        return ""
 
 
 class Replica:
     """Drives one engine through joins and pushes; `start` once, then `open` for each push."""
 
-    def __init__(self, *, engine: Engine, contract: Contract, facts: PodFacts, ledger: Ledger) -> None:
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        contract: Contract,
+        facts: PodFacts,
+        ledger: Ledger,
+        together: bool = False,
+    ) -> None:
+        """engine: its `collective_rpc` returns what the workers of all engine cores say. together: these go on by consensus."""
         self._engine = engine
+        self._pauses = Pauses(engine, together=together)
         self._contract = contract
         self._facts = facts
         self._ledger = ledger
@@ -112,9 +71,9 @@ class Replica:
         self._tasks: set[asyncio.Task[None]] = set()
         self._heartbeat = Heartbeat("replica", self._beat, interval_s=LEASE_S / 3)
         self._joined_at = 0.0
-        self._paused = False
         self._view_lock = threading.Lock()
         self._metrics = ReplicaMetrics()
+        self._repairer = Repairer(patient=self, contract=contract, ledger=ledger, on_ended=self._metrics.repair_ended)
         self.view = View()
 
     @property
@@ -123,7 +82,12 @@ class Replica:
 
     def refusal(self) -> str:
         """Why this replica must not serve now, in words; empty when it may."""
-        return self.view.refusal(self._contract.transfer.max_version_skew)
+        return self.view.refusal(self._contract.transfer.max_version_skew) or self.stuck
+
+    @property
+    def stuck(self) -> str:
+        """Why the engine computes nothing though it should: a rank of it has not gone on; empty otherwise."""
+        return self._pauses.stuck
 
     def metrics(self) -> bytes:
         """The text for a Prometheus scrape."""
@@ -134,6 +98,7 @@ class Replica:
             committed=view.committed,
             serving=not self.refusal(),
             received_bytes=sum(rank.received_bytes for rank in view.ranks),
+            target_bytes={"direct": view.direct_bytes, "replayed": view.replayed_bytes},
         )
 
     def start(self) -> None:
@@ -146,9 +111,12 @@ class Replica:
         Raises FencedOut when the push is not (or no longer) one to take, DeadlineExceeded when the engine would not pause.
         """
         started = time.monotonic()
+        self._require_offered()
         deadline = Deadline.at(await asyncio.to_thread(self._ledger.deadline_to_monotonic, record.deadline_at))
+        if record.source and self._busy.locked():  # queued, it would stand before the next push
+            raise FencedOut(f"repair {record.push_id}: a push is open on {self.name}")
         await self._supersede(record)
-        await _within(self._busy.acquire(), deadline, "an earlier push is not over")
+        await within(self._busy.acquire(), deadline, "an earlier push is not over")
         try:
             watch = Stopwatch()
             if not self._staged:
@@ -157,31 +125,58 @@ class Replica:
             with watch.phase("open"):
                 await self._rpc("weightsync_open", record.to_json())
         except BaseException as error:
-            try:
-                await self._abort(record, f"not opened: {error}")  # some ranks may have opened
-            finally:
-                self._busy.release()
+            giving_up = self._spawn(
+                self._give_up(record, f"not opened: {error}"), f"weightsync-{record.push_id}-gives-up"
+            )
+            await asyncio.wait({giving_up}, timeout=GIVE_UP_S)
             raise
         self._current = record
         self._spawn(self._conclude(record, deadline, started, watch), f"weightsync-{record.push_id}")
         return {"replica": self.name, "state": self.view.state}
 
     async def verify(self) -> None:
-        """Measure live memory again between pushes; a difference makes the replica DIRTY."""
+        """Measure live memory again between pushes; a difference makes the replica DIRTY. Raises FencedOut while it starts."""
+        self._require_offered()
         async with self._busy:
             await self._rpc("weightsync_verify")
             if self.view.torn:
                 await self._stop_serving()
 
     @property
+    def late(self) -> bool:
+        """Whether a repair would help, and nothing is open that may bring the version."""
+        return self.view.late and not self._busy.locked()
+
+    async def lend(self, record: PushRecord) -> dict[str, Any]:
+        """Have each rank write its live memory into the replica that `record` repairs; this one serves on.
+
+        Raises FencedOut, and then no rank writes, when this replica does not hold what is asked for.
+        """
+        view = self.view
+        holds = (view.epoch, view.version) == record.order and view.state is ReplicaState.CLEAN and view.lends
+        if record.session != self._contract.session or record.source != self.name or not holds:
+            raise FencedOut(
+                f"repair {record.push_id} asks {record.source} of {record.session} for {record.order}; {self.name} is "
+                f"{view.state} at {(view.epoch, view.version)}{'' if view.lends else ' and cannot lend'}"
+            )
+        await self._rpc("weightsync_lend", record.to_json())
+        return {"replica": self.name}
+
+    def _require_offered(self) -> None:
+        if not self.view.ranks:
+            raise FencedOut(f"{self.name} is starting: its memory is not offered yet")
+
+    @property
     def _staged(self) -> bool:
         return self._contract.transfer.commit == "staged"
 
     async def _supersede(self, record: PushRecord) -> None:
-        """A newer epoch does not wait for the deadline of a push whose trainer is gone."""
+        """A newer epoch does not wait for the deadline of a push whose trainer is gone, and a newer version for no repair."""
         current = self._current
-        if current is not None and current.epoch < record.epoch:
-            reason = f"superseded by epoch {record.epoch}"
+        if current is None:
+            return
+        if current.epoch < record.epoch or (current.source and current.order < record.order):
+            reason = f"superseded by version {record.version} of epoch {record.epoch}"
             await asyncio.to_thread(self._ledger.decide, current.push_id, Decision.ABORT, reason)
 
     async def _conclude(self, record: PushRecord, deadline: Deadline, started: float, watch: Stopwatch) -> None:
@@ -190,12 +185,21 @@ class Replica:
             if verdict.decision is Decision.COMMIT:
                 await self._commit(record, deadline, started, watch)
             else:
+                if record.source:
+                    await asyncio.to_thread(self._repairer.await_writers, record, deadline)
                 await self._abort(record, verdict.reason)
                 self._metrics.aborted()
         finally:
             self._current = None
             self._busy.release()
             self._heartbeat.poke()
+
+    async def _give_up(self, record: PushRecord, reason: str) -> None:
+        """End a push that could not be opened, on the ranks that may have opened it; no other begins meanwhile."""
+        try:
+            await self._abort(record, reason)
+        finally:
+            self._busy.release()
 
     async def _await_verdict(self, record: PushRecord, deadline: Deadline) -> Verdict:
         """The ledger's decision. At the deadline this replica asks for ABORT itself.
@@ -224,6 +228,7 @@ class Replica:
         await self._rpc("weightsync_describe")
         if not all(rank.state == ReplicaState.VERIFIED for rank in self.view.ranks):
             told = "; ".join(f"rank {rank.rank} is {rank.state} {rank.reason}".strip() for rank in self.view.ranks)
+            self._note_committed(record.version)
             await self._abort(record, f"it was committed without {self.name}: {told}")
             return
         if self._staged:
@@ -236,8 +241,7 @@ class Replica:
         except WeightSyncError as error:  # ranks of two versions are DIRTY together
             await self._abort(record, str(error))
             return
-        committed = max(self.view.committed or 0, record.version)
-        self._note(committed=committed)
+        self._note_committed(record.version)
         if self.view.torn:
             await self._stop_serving()
             return
@@ -269,15 +273,10 @@ class Replica:
     async def _stop_serving(self) -> None:
         """Until the next push repairs it: nothing runs, and what was queued for a new version is answered as aborted."""
         logger.error("torn weights, serving nothing until repaired: %s", self.refusal())
-        self._paused = True
-        await self._engine.pause_generation(mode="abort", clear_cache=True)
+        await self._pauses.stop(clear_cache=True)
 
     async def _pause(self, deadline: Deadline) -> None:
-        """Wait until the engine is idle: the awaited pause synchronizes the device (vllm/v1/engine/core.py)."""
-        mode = self._contract.transfer.pause_mode
-        self._paused = True
-        pausing = self._engine.pause_generation(mode=mode, clear_cache=self._drops_cache)
-        await _within(pausing, deadline, f"requests in flight did not end (pauseMode {mode})")
+        await self._pauses.pause(self._contract.transfer.pause_mode, deadline, clear_cache=self._drops_cache)
 
     async def _pause_anyway(self, deadline: Deadline) -> None:
         """Pause for a version that is committed already: requests that outlast the push's deadline are aborted."""
@@ -285,13 +284,12 @@ class Replica:
             await self._pause(deadline)
         except DeadlineExceeded as error:
             logger.warning("aborting them: %s", error)
-            await self._engine.pause_generation(mode="abort", clear_cache=self._drops_cache)
+            await self._pauses.stop(clear_cache=self._drops_cache)
 
     async def _resume(self) -> None:
-        """Go on, if a push has paused the engine and left it whole."""
-        if self._paused and not self.view.torn:
-            self._paused = False
-            await self._engine.resume_generation()
+        """Go on, if a push has paused the engine and left it whole. A rank that does not is told by readiness and liveness."""
+        if not self.view.torn:
+            await self._pauses.resume()
 
     @property
     def _drops_cache(self) -> bool:
@@ -301,18 +299,27 @@ class Replica:
     async def _join(self) -> None:
         while not self.view.ranks:
             try:
-                await self._rpc("weightsync_start", self.name)
+                ranks = await self._ask("weightsync_start", self.name)
+                require_every_rank(ranks, pod_uid=self._facts.uid)
+                self._note(ranks=ranks)
+            except ConfigError as error:
+                logger.error("this engine cannot be a replica: %s", error)
+                self._note(fault=str(error))
+                return
             except WeightSyncError as error:
                 logger.error("cannot offer the engine's memory, trying again: %s", error)
                 self._note(fault=f"starting: {error}")
                 await asyncio.sleep(LEASE_S / 3)
         self._heartbeat.start()
+        self._spawn(self._repairer.run(), "weightsync-repairs")
 
     def _beat(self) -> None:
         """Renew the membership, learn the committed version, tell the operator. On the heartbeat's thread."""
         ledger = self._ledger.until(time.monotonic() + LEASE_S / 3)
-        self._joined_at = ledger.join(self._member(), LEASE_S).joined_at
-        self._note(committed=ledger.head().version)
+        self._joined_at = ledger.join(self.member(), LEASE_S).joined_at
+        head, current = ledger.witness.version, self._current
+        if current is None or current.version != head:  # else `_conclude` takes it up, with what the ranks hold of it
+            self._note_committed(head)
         refusal = self.refusal()
         ledger.publish_replica_status(
             ReplicaStatus(
@@ -323,10 +330,14 @@ class Replica:
                 serving=not refusal,
                 reason=refusal,
                 digest=self.view.digest,
+                lends=self.view.lends,
+                direct_bytes=self.view.direct_bytes,
+                replayed_bytes=self.view.replayed_bytes,
             )
         )
 
-    def _member(self) -> Member:
+    def member(self) -> Member:
+        """This replica as it is now, for the ledger."""
         view = self.view
         return Member(
             replica=self.name,
@@ -339,36 +350,39 @@ class Replica:
             seen_epoch=max(rank.seen_epoch for rank in view.ranks),
             state=view.state,
             digest=view.digest,
+            lends=view.lends,
             joined_at=self._joined_at,
         )
 
     async def _rpc(self, method: str, *args: str) -> None:
         """Call all ranks and take over what they say. Raises what a rank refused."""
+        self._note(ranks=await self._ask(method, *args))
+
+    async def _ask(self, method: str, *args: str) -> tuple[Description, ...]:
+        """What all ranks say to a call. Raises what a rank refused."""
         answers = [json.loads(answer) for answer in await self._engine.collective_rpc(method, args=args)]
         refused = [answer for answer in answers if "error" in answer]
         if refused:
             kind = FencedOut if refused[0]["error"] == FencedOut.__name__ else WeightSyncError
             raise kind(refused[0]["message"])
-        self._note(ranks=tuple(Description(**answer) for answer in answers))
+        return tuple(Description(**answer) for answer in answers)
+
+    def _note_committed(self, version: int) -> None:
+        """What the session has committed; requests are refused from here on if the replica is too far behind it."""
+        self._note(committed=max(self.view.committed or 0, version))
 
     def _note(self, **changes: Any) -> None:
         """Change the view, from the event loop or the heartbeat's thread: neither may put back what the other replaced."""
         with self._view_lock:
             self.view = dataclasses.replace(self.view, **changes)
 
-    def _spawn(self, work: Any, name: str) -> None:
+    def _spawn(self, work: Any, name: str) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("%s failed", task.get_name(), exc_info=error)
-
-
-async def _within(work: Any, deadline: Deadline, what: str) -> Any:
-    try:
-        return await asyncio.wait_for(work, max(deadline.left_s, 0.001))
-    except TimeoutError as error:
-        raise DeadlineExceeded(f"{what} within {deadline.timeout_s:.1f} s") from error

@@ -22,6 +22,7 @@ from typing import Any, Self
 import torch
 from vllm.distributed.weight_transfer.base import TrainerWeightTransferEngine, VLLMWeightSyncClient, WeightSource
 
+from weightsync.channel import Channel
 from weightsync.errors import (
     ConfigError,
     PlanError,
@@ -36,7 +37,6 @@ from weightsync.rendezvous.modelexpress import EngineDescriptor
 from weightsync.rendezvous.records import PushRecord
 from weightsync.slots import SlotArena
 from weightsync.transport import Agent
-from weightsync.vllm.channel import Channel
 from weightsync.vllm.native import EPOCH, WeightSyncTrainerInitInfo, decode_descriptor
 from weightsync.waiting import Deadline, wait_until
 from weightsync.writer import Writer
@@ -183,7 +183,8 @@ class _Engines:
                 written = self._writer.write(record, record.members.keys(), deadline, frozenset)
                 if written.failed:
                     raise TransportError("; ".join(written.failed.values()))
-                self._hear_all("received", update, record, deadline)
+                with self._writer.delivering():
+                    self._hear_all("received", update, record, deadline)
                 for channel in self._channels:
                     channel.send({"commit": record.version}, deadline)
             except BaseException as error:

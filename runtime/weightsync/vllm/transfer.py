@@ -24,7 +24,16 @@ import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
 from weightsync import verify
-from weightsync.errors import ConfigError, FencedOut, PushAborted, TransportError, WeightSyncError
+from weightsync.channel import Channel
+from weightsync.errors import (
+    ConfigError,
+    FencedOut,
+    PushAborted,
+    TransportError,
+    UnsupportedLayout,
+    WeightSyncError,
+)
+from weightsync.layout.coverage import listed
 from weightsync.layout.forms import SCALE_SUFFIX
 from weightsync.layout.records import SourceTensor, TargetLayout
 from weightsync.rendezvous.fencing import Fence, Notification
@@ -32,7 +41,6 @@ from weightsync.rendezvous.modelexpress import EngineDescriptor, RemoteTensor
 from weightsync.rendezvous.records import PushRecord
 from weightsync.transport import Agent
 from weightsync.transport.agent import only_network_transport
-from weightsync.vllm.channel import Channel
 from weightsync.vllm.native import (
     EPOCH,
     WeightSyncInitInfo,
@@ -40,7 +48,8 @@ from weightsync.vllm.native import (
     encode_descriptor,
     source_tensors,
 )
-from weightsync.vllm.worker import check_load_format, checkpoint_sources, trace_model
+from weightsync.vllm.offer import Following, make_offer
+from weightsync.vllm.worker import checkpoint_sources
 from weightsync.waiting import Deadline
 
 logger = logging.getLogger(__name__)
@@ -65,9 +74,14 @@ class WeightSyncTransferEngine(WeightTransferEngine[WeightSyncInitInfo, WeightSy
                 "--weight-transfer-config, or WEIGHTSYNC_CONFIG"
             )
         self._checkpoint = _loaded_sources(vllm_config)
-        self._params = {name: parameter.data for name, parameter in model.named_parameters()}
-        path = vllm_config.model_config.model
-        check_load_format(self._params, trace_model(model, list(self._checkpoint.values())), path)
+        offer = make_offer(model, list(self._checkpoint.values()), vllm_config.model_config.model)
+        if offer.reasons:
+            told = [f"{name} ({why})" for name, why in sorted(offer.reasons.items())]
+            raise UnsupportedLayout(
+                f"backend weightsync cannot write {len(told)} modules directly, and only engines of a session replay modules: "
+                f"{listed(told)}"
+            )
+        self._params = offer.params
         self.version = 0
         """What the live parameters hold, as the trainers number it; 0 is the checkpoint."""
         self.torn = ""
@@ -84,12 +98,12 @@ class WeightSyncTransferEngine(WeightTransferEngine[WeightSyncInitInfo, WeightSy
         try:
             channel = Channel.connect(init_info.address, init_info.port, init_info.token, deadline)
         except WeightSyncError as error:
-            logger.error("%s", error)  # the trainer misses this rank
+            logger.error("%s; engines must reach the trainer's master_address", error)  # it misses this rank
             return
         try:
             if self._lost_writer:
                 raise FencedOut(self._lost_writer)
-            layout = trace_model(self.model, self._offered(init_info))
+            layout = self._layout(init_info)
             params = {target.name: self._params[target.name] for target in layout.targets}
             self._link = _Link(init_info.session, channel, layout, params)
             channel.send(encode_descriptor(self._link.descriptor(), self.version, self._started), deadline)
@@ -143,6 +157,14 @@ class WeightSyncTransferEngine(WeightTransferEngine[WeightSyncInitInfo, WeightSy
         if self._link is not None:
             self._link.cut()
             self._link = None
+
+    def _layout(self, info: WeightSyncInitInfo) -> TargetLayout:
+        """Where what the trainer sends goes. Raises UnsupportedLayout naming parameters that it does not make whole."""
+        followed = Following(self.model, self._offered(info))
+        if doubts := followed.doubtful():
+            told = listed([f"{name} ({why})" for name, why in sorted(doubts.items())])
+            raise UnsupportedLayout(f"what this trainer sends does not make the engine's parameters: {told}")
+        return followed.layout_without(())
 
     def _offered(self, info: WeightSyncInitInfo) -> list[SourceTensor]:
         """What the trainer sends, in the form that this engine's checkpoint has it: FP8 with scales where that is in FP8."""

@@ -7,11 +7,12 @@ serialization between processes admits plain values only.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import logging
-from collections import defaultdict
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ from safetensors import safe_open
 from weightsync.config import Contract, PodFacts
 from weightsync.errors import ConfigError, UnsupportedLayout, WeightSyncError
 from weightsync.layout.forms import SCALE_SUFFIX
-from weightsync.layout.records import Copy, SourceTensor, TargetLayout
+from weightsync.layout.records import SourceTensor, TargetLayout
 from weightsync.layout.trace import trace_loader
 from weightsync.receiver import Receiver
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.modelexpress import Rendezvous
 from weightsync.rendezvous.records import PushRecord
 from weightsync.staging import StagingArena
+from weightsync.vllm.offer import Offer, make_offer
+from weightsync.vllm.ranks import number_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,33 +40,71 @@ class WorkerExtension:
 
     model_runner: Any
     rank: int
+    """Within its engine core: the tensor parallel rank."""
+    parallel_config: Any
     weight_transfer_engine: Any
     vllm_config: Any
 
     def weightsync_start(self, replica: str) -> str:
-        """Trace the loader, offer the live parameters and describe them. Repeating it only describes."""
-        return _guarded(lambda: self._weightsync_offer(replica).describe())
+        """Offer the live parameters and what is staged beside them, and describe this rank. Repeating it only describes."""
+        return _guarded(lambda: self._weightsync_join(replica).describe())
 
-    def _weightsync_offer(self, replica: str) -> Receiver:
+    def _weightsync_join(self, replica: str) -> Receiver:
         receiver = getattr(self, "_weightsync_receiver", None)
         if receiver is None:
             receiver = self._weightsync_receiver = _make_receiver(
-                self.model_runner.model, self.rank, replica, getattr(self, "_weightsync_staging", None)
+                self.model_runner.model,
+                number_of(self.parallel_config, self.rank),
+                replica,
+                self._weightsync_offered(),
+                getattr(self, "_weightsync_staging", None),
             )
         return receiver
 
-    def weightsync_stage(self) -> None:
-        """Take the memory of staged pushes; called when the model is loaded, before the KV cache is sized.
+    def _weightsync_offered(self) -> Offer:
+        """What of the model is written directly and what is replayed; decided once."""
+        offer = getattr(self, "_weightsync_offer", None)
+        if (why := getattr(self, "_weightsync_refused", None)) is not None:
+            raise UnsupportedLayout(
+                why
+            )  # asked for again and again, and what it took the first time is never given back
+        if offer is None:
+            offer = self._weightsync_offer = self._weightsync_make_offer()
+        return offer
 
-        Raises ConfigError with the numbers when it is more than the budget, or than there is: the engine does not start.
+    def _weightsync_make_offer(self) -> Offer:
+        contract = Contract.load()
+        try:
+            return make_offer(
+                self.model_runner.model,
+                checkpoint_sources(contract.model.path),
+                contract.model.path,
+                place="pinnedHost" if contract.transfer.staging == "pinnedHost" else "device",
+                budget_bytes=contract.transfer.staging_budget_bytes,
+                around=functools.partial(_configured, getattr(self, "vllm_config", None)),
+            )
+        except UnsupportedLayout as error:
+            self._weightsync_refused = str(error)
+            raise
+
+    def weightsync_stage(self) -> None:
+        """Take the memory of staged pushes and of replays; called when the model is loaded, before the KV cache is sized.
+
+        Raises ConfigError with the numbers when it is more than the budget, or than there is: the engine does not start. What can
+        neither be written nor replayed is told when the engine joins.
         """
         transfer = Contract.load().transfer
+        try:
+            offer = self._weightsync_offered()
+        except UnsupportedLayout as error:
+            logger.error("%s", error)
+            return
         if transfer.staging == "none":
             return
-        live = _live_parameters(self.model_runner.model)
-        self._weightsync_staging = StagingArena(
-            live, place=transfer.staging, budget_bytes=transfer.staging_budget_bytes
-        )
+        budget = transfer.staging_budget_bytes
+        if budget is not None and offer.replay is not None:
+            budget -= offer.replay.memory.numel()
+        self._weightsync_staging = StagingArena(offer.params, place=transfer.staging, budget_bytes=budget)
 
     def weightsync_describe(self) -> str:
         """State of this rank."""
@@ -84,6 +125,10 @@ class WorkerExtension:
     def weightsync_abort(self, push_id: str, reason: str) -> str:
         """The push is aborted."""
         return _guarded(lambda: self._weightsync_receiver.abort(push_id, reason))
+
+    def weightsync_lend(self, record: str) -> str:
+        """Write the live parameters into the replica that a repair is for, on a thread; the engine goes on."""
+        return _guarded(lambda: self._weightsync_receiver.lend(PushRecord.from_json(record)))
 
     def weightsync_native(self) -> tuple[str, int]:
         """What vLLM's native weight transfer has left of this rank: why it is torn, or nothing, and its version.
@@ -108,13 +153,23 @@ def _guarded(call: Any) -> str:
     except WeightSyncError as error:
         logger.warning("refused: %s", error)
         return json.dumps({"error": type(error).__name__, "message": str(error)})
+    except Exception as error:  # one rank's exception would leave the others' answers in the queue for vLLM's next call
+        logger.exception("failed")
+        return json.dumps({"error": type(error).__name__, "message": f"{type(error).__name__}: {error}"})
 
 
-def _live_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.data for name, parameter in model.named_parameters()}
+def _configured(config: Any) -> contextlib.AbstractContextManager[Any]:
+    """What vLLM's kernels ask for while they process weights."""
+    if config is None:
+        return contextlib.nullcontext()
+    from vllm.config import set_current_vllm_config
+
+    return set_current_vllm_config(config)
 
 
-def _make_receiver(model: torch.nn.Module, rank: int, replica: str, staging: StagingArena | None) -> Receiver:
+def _make_receiver(
+    model: torch.nn.Module, rank: int, replica: str, offer: Offer, staging: StagingArena | None
+) -> Receiver:
     contract, facts = Contract.load(), PodFacts.load()
     if (contract.transfer.commit == "staged") != (staging is not None):
         raise ConfigError(
@@ -123,20 +178,18 @@ def _make_receiver(model: torch.nn.Module, rank: int, replica: str, staging: Sta
         )
     ledger = Ledger.from_contract(contract)
     rendezvous = Rendezvous.from_contract(contract)
-    params = _live_parameters(model)
-    layout = trace_model(model, checkpoint_sources(contract.model.path))
-    check_load_format(params, layout, contract.model.path)
     return Receiver(
         contract=contract,
         facts=facts,
         replica=replica,
         rank=rank,
-        params=params,
-        layout=layout,
+        params=offer.params,
+        layout=offer.layout,
         ledger=ledger,
         rendezvous=rendezvous,
         staging=staging,
         refresh=lambda: refresh_derived(model),
+        replay=offer.replay,
     )
 
 
@@ -165,35 +218,6 @@ def trace_model(
         "platform": str(next(model.parameters()).device.type),
     }
     return dataclasses.replace(layout, meta=meta)
-
-
-@torch.no_grad()
-def check_load_format(params: Mapping[str, torch.Tensor], layout: TargetLayout, path: str) -> None:
-    """Prove on the loaded checkpoint that live parameters are what a direct write would make of it.
-
-    Raises UnsupportedLayout naming those that are not: their kernel repacked them after loading, to the same size or another,
-    and bytes in load format would be garbage to it (failure mode 3).
-    """
-    wrong: set[str] = set()
-    copies: dict[str, list[Copy]] = defaultdict(list)
-    for copy in layout.copies:
-        copies[copy.source].append(copy)
-    for name, loaded in checkpoint_tensors(path, copies):
-        for copy in copies[name]:
-            live = params[copy.target].as_strided(copy.shape, copy.target_strides, copy.target_offset)
-            want = loaded.as_strided(copy.shape, copy.source_strides, copy.source_offset).to(live)
-            if not torch.equal(_bits(live), _bits(want)):
-                wrong.add(copy.target)
-    if wrong:
-        raise UnsupportedLayout(
-            f"{len(wrong)} of {len(params)} live parameters are not in load format, their kernel repacks weights: "
-            f"{', '.join(sorted(wrong)[:5])}; choose another backend for them (docs/operations.md)"
-        )
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements as integers: torch compares no FP8."""
-    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
 
 
 def checkpoint_tensors(path: str, names: Container[str]) -> Iterator[tuple[str, torch.Tensor]]:

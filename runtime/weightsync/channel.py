@@ -1,9 +1,7 @@
-"""The line between a native trainer and each engine rank: what vLLM's own weight transfer has no words for.
+"""A line between two processes that have no ledger: JSON messages, a token at its beginning, a deadline for each.
 
-vLLM's client only sends, so a trainer could not learn where an engine's memory is, nor when it may be written. Each engine rank
-therefore connects to the trainer's `master_address:master_port`, proves by the token of the init info that it was asked to, and
-says where its memory is; later it says that it is open. A line that breaks tells either side at once that the other one died.
-Standard library only.
+A native trainer has one to each engine rank (`vllm.trainer`), `weightsync bench` one to its other process. A line that breaks tells
+either side at once that the other one died. Standard library only.
 """
 
 from __future__ import annotations
@@ -32,12 +30,12 @@ class Channel:
 
     @classmethod
     def connect(cls, address: str, port: int, token: str, deadline: Deadline) -> Channel:
-        """Reach the trainer and show it the token. Raises RendezvousUnavailable when it does not listen."""
+        """Reach who listens and show the token. Raises RendezvousUnavailable when nobody does."""
         try:
             connection = socket.create_connection((address, port), timeout=max(deadline.left_s, 0.001))
         except OSError as error:
             raise RendezvousUnavailable(
-                f"no trainer at {address}:{port} ({error}): engines must be able to reach its master_address"
+                f"nobody listens at {address}:{port} ({error}): is it up, and can it be reached from here?"
             ) from error
         channel = cls(connection)
         channel.send({"token": token}, deadline)
@@ -45,7 +43,7 @@ class Channel:
 
     @classmethod
     def accept(cls, server: socket.socket, token: str, deadline: Deadline) -> Channel | None:
-        """The next engine rank; None when nobody came in a moment, or somebody without the token."""
+        """The next who connects; None when nobody came in a moment, or somebody without the token."""
         if not select.select([server], [], [], min(max(deadline.left_s, 0), 0.1))[0]:
             return None
         connection, _ = server.accept()
@@ -66,9 +64,7 @@ class Channel:
             self._socket.settimeout(max(deadline.left_s, 0.001))
             self._socket.sendall(_LENGTH.pack(len(data)) + data)
         except OSError as error:
-            raise TransportError(
-                f"the other side of a native transfer cannot be told {sorted(message)}: {error}"
-            ) from error
+            raise TransportError(f"the other side cannot be told {sorted(message)}: {error}") from error
 
     def receive(self, deadline: Deadline, limit_bytes: int = MESSAGE_LIMIT_BYTES) -> dict[str, Any]:
         """The next message. Raises TransportError when the other side is gone, or says nothing until the deadline."""
@@ -93,8 +89,8 @@ class Channel:
                 self._socket.settimeout(max(deadline.left_s, 0.001))
                 part = self._socket.recv(min(n_bytes - len(data), 1 << 20))
             except OSError as error:
-                raise TransportError(f"the other side of a native transfer said nothing: {error}") from error
+                raise TransportError(f"the other side said nothing: {error}") from error
             if not part:
-                raise TransportError("the other side of a native transfer is gone: its connection closed")
+                raise TransportError("the other side is gone: its connection closed")
             data += part
         return bytes(data)

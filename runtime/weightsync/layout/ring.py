@@ -1,0 +1,78 @@
+"""A ring of arenas: where each group of a rank's slots lies when they may not all lie in memory at once. Pure.
+
+A group takes the memory of earlier ones, and may be converted once every transfer that reads them is terminal. Groups keep their
+order, so that a push converts, sends and waits for them from the first to the last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from weightsync.errors import PlanError
+from weightsync.layout.forms import GROUP_ALIGN_BYTES, GROUP_BYTES, SCALE, Carried, Group, Slot, aligned
+from weightsync.layout.records import ITEM_BYTES
+
+ARENAS = 4
+"""A ring has room for so many groups of the usual size: one is converted, the others are on the wire."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Where the groups of an arena lie in a buffer of `length_bytes`."""
+
+    length_bytes: int
+    starts: tuple[int, ...]
+    """First byte of each group."""
+    after: tuple[frozenset[int], ...]
+    """For each group, those earlier ones whose memory it takes."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether every group still lies there when the last one is converted."""
+        return not any(self.after)
+
+
+def group_bytes(budget_bytes: int | None) -> int:
+    """What is converted at once, unless one holding is larger, by a rank that may use so much memory for its arena."""
+    return GROUP_BYTES if budget_bytes is None else min(GROUP_BYTES, max(budget_bytes // ARENAS, 1))
+
+
+def make_ring(groups: Sequence[Group], arena_bytes: int, budget_bytes: int | None) -> Ring:
+    """Lay groups that take `arena_bytes` one behind the other into `budget_bytes`; None leaves them where they are.
+
+    Raises PlanError when one of them alone takes more.
+    """
+    if budget_bytes is None or arena_bytes <= budget_bytes:
+        return Ring(arena_bytes, tuple(group.start_bytes for group in groups), (frozenset(),) * len(groups))
+    starts, after, cursor = [], [], 0
+    lying: list[tuple[int, int, int]] = []
+    for number, group in enumerate(groups):
+        length = aligned(group.stop_bytes - group.start_bytes, GROUP_ALIGN_BYTES)
+        if length > budget_bytes:
+            raise PlanError(
+                f"transfer.arenaBudget is {budget_bytes} bytes, and group {number} of {len(groups)}, slots {group.first} to "
+                f"{group.stop}, takes {length} alone: allow at least that, better {2 * length}"
+            )
+        start = cursor if cursor + length <= budget_bytes else 0
+        cursor = start + length
+        taken = [each for each in lying if each[1] < cursor and start < each[2]]
+        lying = [each for each in lying if each not in taken] + [(number, start, cursor)]
+        starts.append(start)
+        after.append(frozenset(each[0] for each in taken))
+    return Ring(budget_bytes, tuple(starts), tuple(after))
+
+
+def placed(carried: Carried, ring: Ring) -> tuple[Slot, ...]:
+    """The slots of an arena, moved to where their groups lie in the ring."""
+    slots: list[Slot] = []
+    for group, start in zip(carried.groups, ring.starts, strict=True):
+        slots += [_moved(slot, start - group.start_bytes) for slot in carried.slots[group.first : group.stop]]
+    return tuple(slots)
+
+
+def _moved(slot: Slot, by_bytes: int) -> Slot:
+    scales = slot.scales
+    if scales is not None:
+        scales = dataclasses.replace(scales, local_offset=scales.local_offset + by_bytes // ITEM_BYTES[SCALE])
+    return dataclasses.replace(slot, offset_bytes=slot.offset_bytes + by_bytes, scales=scales)
