@@ -7,11 +7,12 @@ import re
 from weightsync_operator.cluster import ApiError, Cluster
 from weightsync_operator.plan.actions import Delete, DryRun, Evict
 from weightsync_operator.plan.build.context import Manifest
-from weightsync_operator.plan.observed import DryRunVerdict
+from weightsync_operator.plan.observed import DryRunVerdict, belongs_to
 
 _TYPED_PATCH = re.compile(r"failed to create typed patch object \(.*?\): (?P<path>\.[^:]*): (?P<why>.*)", re.DOTALL)
 _TEMPLATE_OWNERS = {"StatefulSet": "spec.inference.podTemplate", "Job": "spec.trainer.podTemplate"}
-_INVALID = (400, 422)
+_INVALID = (400, 404, 422)
+"""404: the API server does not know the kind, such as that of a claim before Kubernetes 1.34."""
 
 
 async def carry_out(cluster: Cluster, namespace: str, action: Delete | Evict) -> None:
@@ -23,14 +24,26 @@ async def carry_out(cluster: Cluster, namespace: str, action: Delete | Evict) ->
             await cluster.evict(namespace, action.name, uid=action.uid)
 
 
-async def dry_run(cluster: Cluster, action: DryRun) -> DryRunVerdict:
-    """What the API server would say to each manifest; a refusal for another reason than the spec is raised."""
+async def is_taken(cluster: Cluster, manifest: Manifest, uid: str) -> bool:
+    """Whether an object of this name is there that the resource `uid` does not control."""
+    metadata = manifest["metadata"]
+    there = await cluster.get(manifest["kind"], metadata["namespace"], metadata["name"])
+    return there is not None and not belongs_to(there, uid)
+
+
+async def dry_run(cluster: Cluster, action: DryRun, uid: str) -> DryRunVerdict:
+    """What the API server would say to each manifest; a refusal for another reason than the spec is raised.
+
+    What it says of an object that the resource `uid` does not control is no word about the spec.
+    """
     for manifest in action.manifests:
         try:
             await cluster.apply(manifest, dry_run=True)
         except ApiError as error:
             if not is_spec_error(error):
                 raise
+            if await is_taken(cluster, manifest, uid):
+                continue
             field, message = blame(manifest, error)
             return DryRunVerdict(revision=action.revision, field=field, message=message)
     return DryRunVerdict(revision=action.revision)

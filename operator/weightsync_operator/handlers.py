@@ -1,74 +1,48 @@
-"""Thin Kopf handlers: events of WeightSyncs and of their children poke the queue. They change nothing and return nothing.
+"""Thin Kopf handlers: events of WeightSyncs poke the queue. They change nothing and return nothing; `children.py` does the rest.
 
 `on.event` alone, on purpose: with daemons, delete handlers or indices Kopf puts a finalizer on every resource.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import kopf
 
-from weightsync_operator.api.names import (
-    GROUP,
-    LABEL_COMPONENT,
-    LABEL_INSTANCE,
-    LABEL_MANAGED_BY,
-    MANAGED_BY,
-    PLURAL,
-    VERSION,
-    Component,
-)
-from weightsync_operator.reconcile import Reconciler
-from weightsync_operator.workers import Workers
+from weightsync_operator.api.names import GROUP, PLURAL, VERSION
 
-WATCHED: tuple[tuple[str, str, str], ...] = (
-    ("", "v1", "configmaps"),
-    ("", "v1", "services"),
-    ("", "v1", "pods"),
-    ("apps", "v1", "deployments"),
-    ("apps", "v1", "statefulsets"),
-    ("batch", "v1", "jobs"),
-    ("policy", "v1", "poddisruptionbudgets"),
-)
-"""Secrets, accounts and revisions are not watched: reading their names is enough, and the next look finds them missing."""
+RETRIES_S = (1.0, 1.0, 2.0, 3.0, 5.0, 8.0, 13.0, 21.0, 30.0)
 
 
-def operator_settings() -> kopf.OperatorSettings:
-    """No peering, no events, no leftovers on objects; children are filtered by the API server."""
+class EndlessRetries:
+    """Seconds before each repetition of a request of Kopf's that was refused or not answered; the last one repeats.
+
+    Kopf's own end after 54 s, and its watch with them: an outage of RBAC or of the API server may last longer.
+    """
+
+    def __iter__(self) -> Iterator[float]:
+        return itertools.chain(RETRIES_S, itertools.repeat(RETRIES_S[-1]))
+
+
+def operator_settings(*, cluster_wide: bool = True) -> kopf.OperatorSettings:
+    """No peering, no events, no leftovers on objects.
+
+    Unless `cluster_wide`, neither CRDs nor namespaces are watched: the CRD has to be there first.
+    """
     settings = kopf.OperatorSettings()
+    settings.scanning.disabled = not cluster_wide
     settings.peering.standalone = True
     settings.posting.enabled = False
-    for group, version, plural in WATCHED:
-        settings.watching.label_selectors[group, version, plural] = f"{LABEL_MANAGED_BY}={MANAGED_BY}"
+    settings.networking.error_backoffs = EndlessRetries()
     return settings
 
 
-def register(registry: kopf.OperatorRegistry, reconciler: Reconciler, workers: Workers) -> None:
-    """Put the handlers on `registry`."""
+def register(registry: kopf.OperatorRegistry, poke: Callable[[tuple[str, str]], None]) -> None:
+    """Put the handler on `registry`; `poke((namespace, name))` is called for each event of a WeightSync."""
 
     async def on_resource(*, namespace: str | None, name: str, **_: Any) -> None:
-        workers.poke((str(namespace), name))
-
-    async def on_child(*, namespace: str | None, labels: Mapping[str, str], body: Mapping[str, Any], **_: Any) -> None:
-        key = (str(namespace), labels.get(LABEL_INSTANCE, ""))
-        if body.get("kind") == "Pod" and (job_uid := _disrupted_job(body)) is not None:
-            reconciler.note_disruption(key, job_uid)
-        if key[1]:
-            workers.poke(key)
+        poke((str(namespace), name))
 
     kopf.on.event(GROUP, VERSION, PLURAL, registry=registry, id="resource")(on_resource)
-    for group, version, plural in WATCHED:
-        kopf.on.event(group, version, plural, registry=registry, id=plural)(on_child)
-
-
-def _disrupted_job(pod: Mapping[str, Any]) -> str | None:
-    """UID of the trainer's Job if this pod of it is being evicted, preempted or drained."""
-    if pod["metadata"].get("labels", {}).get(LABEL_COMPONENT) != Component.TRAINER:
-        return None
-    conditions = pod.get("status", {}).get("conditions") or []
-    if not any(entry["type"] == "DisruptionTarget" and entry["status"] == "True" for entry in conditions):
-        return None
-    owners = pod["metadata"].get("ownerReferences") or []
-    return next((owner["uid"] for owner in owners if owner["kind"] == "Job"), None)

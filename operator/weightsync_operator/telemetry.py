@@ -9,6 +9,7 @@ import asyncio
 import dataclasses
 import random
 from collections.abc import Callable
+from typing import Self
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
@@ -32,9 +33,35 @@ class Ledger:
 
     host: str
     port: int
-    username: str
+    username: str | None
+    """None for the default user."""
     password: str = dataclasses.field(repr=False)
     session: str
+    database: int = 0
+    tls: bool = False
+    """Its certificate must name the host, and be signed by `ca`."""
+    ca: str | None = None
+    """PEM; None for the authorities that this image knows."""
+
+    def client(self, *, decode_responses: bool = False) -> Redis:
+        """A connection that tries each request once: the next look is the retry, and a refusal is told in its own words."""
+        return Redis(
+            host=self.host,
+            port=self.port,
+            db=self.database,
+            username=self.username,
+            password=self.password,
+            ssl=self.tls,
+            ssl_ca_data=_as_ascii(self.ca),
+            ssl_check_hostname=True,
+            retry=Retry(NoBackoff(), 0),
+            decode_responses=decode_responses,
+        )
+
+
+def _as_ascii(pem: str | None) -> str | None:
+    """`load_verify_locations` refuses any other text, but bundles name authorities in comments, in all languages."""
+    return None if pem is None else pem.encode("ascii", "ignore").decode()
 
 
 class Telemetry:
@@ -68,6 +95,10 @@ class Telemetry:
     def view(self, key: tuple[str, str]) -> LedgerView | None:
         return self._views.get(key)
 
+    def ledger(self, key: tuple[str, str]) -> Ledger | None:
+        """Where the ledger is that is polled for `key`."""
+        return self._ledgers.get(key)
+
     async def close(self) -> None:
         """Stop all polling and wait for its end."""
         tasks = list(self._tasks.values())
@@ -76,18 +107,24 @@ class Telemetry:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _poll_for_ever(self, key: tuple[str, str]) -> None:
+        async with LedgerReader() as reader:
+            await self._poll_with(reader, key)
+
+    async def _poll_with(self, reader: LedgerReader, key: tuple[str, str]) -> None:
         while True:
             ledger = self._ledgers[key]
             async with self._slots:
-                view = await self._poll(key, ledger)
-            if self._ledgers.get(key) is ledger or self._ledgers[key].session == ledger.session:
+                view = await self._poll(reader, key, ledger)
+            if self._tasks.get(key) is not asyncio.current_task():
+                return  # forgotten meanwhile: the timeout of a poll can swallow its cancellation
+            if self._ledgers[key].session == ledger.session:
                 self._store(key, view)
             await asyncio.sleep(PERIOD_S * random.uniform(1 - JITTER, 1 + JITTER))
 
-    async def _poll(self, key: tuple[str, str], ledger: Ledger) -> LedgerView:
+    async def _poll(self, reader: LedgerReader, key: tuple[str, str], ledger: Ledger) -> LedgerView:
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                view = await read_ledger(ledger)
+                view = await reader.read(ledger)
         except (RedisError, OSError, TimeoutError, ValueError) as error:
             failures = self._failures[key] = self._failures.get(key, 0) + 1
             before = self._views.get(key) or LedgerView(session=ledger.session)
@@ -103,25 +140,49 @@ class Telemetry:
             self._on_change(key)
 
 
-async def read_ledger(ledger: Ledger) -> LedgerView:
-    """One look at a session's ledger. Raises RedisError, OSError or ValueError (a record that is no JSON)."""
-    keys = Keys(ledger.session)
-    async with Redis(
-        host=ledger.host,
-        port=ledger.port,
-        username=ledger.username,
-        password=ledger.password,
-        decode_responses=True,
-        retry=Retry(NoBackoff(), 0),  # the next poll is the retry, and a refusal is told in its own words
-    ) as redis:
-        async with redis.pipeline(transaction=False) as pipe:
-            pipe.hgetall(keys.head)
-            pipe.hgetall(keys.replicas)
-            pipe.lrange(keys.pushes, 0, 0)
-            head, replicas, pushes = await pipe.execute()
-        live = await _live(redis, keys, sorted(replicas))
+class LedgerReader:
+    """Looks at one ledger over a connection that it keeps: a look takes 0.2 ms of CPU, with a connection of its own 1.9 ms.
+
+    A connection that failed is not used again. Use as an async context manager.
+    """
+
+    def __init__(self) -> None:
+        self._ledger: Ledger | None = None
+        self._redis: Redis | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._close()
+
+    async def read(self, ledger: Ledger) -> LedgerView:
+        """One look. Raises RedisError, OSError or ValueError (a record that is no JSON)."""
+        if self._redis is None or self._ledger != ledger:
+            await self._close()
+            self._ledger, self._redis = ledger, ledger.client(decode_responses=True)
+        try:
+            return await _read(self._redis, ledger.session)
+        except BaseException:  # a look that was given up leaves an answer on the wire
+            await self._close()
+            raise
+
+    async def _close(self) -> None:
+        redis, self._redis = self._redis, None
+        if redis is not None:
+            await redis.aclose()
+
+
+async def _read(redis: Redis, session: str) -> LedgerView:
+    keys = Keys(session)
+    async with redis.pipeline(transaction=False) as pipe:
+        pipe.hgetall(keys.head)
+        pipe.hgetall(keys.replicas)
+        pipe.lrange(keys.pushes, 0, 0)
+        head, replicas, pushes = await pipe.execute()
+    live = await _live(redis, keys, sorted(replicas))
     return LedgerView(
-        session=ledger.session,
+        session=session,
         epoch=int(head.get("epoch", 0)),
         version=int(head.get("version", 0)),
         published=int(head.get("published", 0)),

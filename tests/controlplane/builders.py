@@ -14,6 +14,8 @@ from weightsync_operator.plan.build.auth import derive_passwords, secret
 from weightsync_operator.plan.build.context import Context, Defaults, Owner, selector_labels
 from weightsync_operator.plan.build.trainer import template_hash
 from weightsync_operator.plan.decide import Wanted
+from weightsync_operator.plan.errors import SpecError
+from weightsync_operator.plan.fabric import FabricChoice
 from weightsync_operator.plan.observed import LedgerView, Seen
 from weightsync_operator.plan.render import render, revision_of, stamped
 
@@ -43,9 +45,21 @@ def make_spec(**over: Any) -> WeightSyncSpec:
     return WeightSyncSpec.model_validate(merged(MINIMAL, over))
 
 
-def make_context(name: str = "ws", **over: Any) -> Context:
-    owner = Owner(name=name, namespace="ns", uid=UID)
-    return Context(owner=owner, spec=make_spec(**over), defaults=DEFAULTS, auth=derive_passwords(KEY, UID).fingerprint)
+def make_context(
+    name: str = "ws",
+    *,
+    namespace: str = "ns",
+    chosen: FabricChoice | SpecError | None = None,
+    token_review: bool = False,
+    **over: Any,
+) -> Context:
+    return Context(
+        owner=Owner(name=name, namespace=namespace, uid=UID),
+        spec=make_spec(**over),
+        defaults=dataclasses.replace(DEFAULTS, token_review=token_review),
+        auth=derive_passwords(KEY, UID).fingerprint,
+        chosen=chosen,
+    )
 
 
 def make_wanted(ctx: Context | None = None, *, in_force: Context | None = None) -> Wanted:
@@ -55,7 +69,7 @@ def make_wanted(ctx: Context | None = None, *, in_force: Context | None = None) 
     fresh, stored = render(ctx), render(admitted)
     return Wanted(
         ctx=ctx,
-        secret=secret(ctx.owner, derive_passwords(KEY, UID)),
+        secret=secret(ctx.owner, derive_passwords(KEY, UID), ctx.spec),
         revision=revision_of(ctx.spec, ctx.auth),
         fresh=fresh,
         in_force=stored,
@@ -120,7 +134,8 @@ def make_job(
 
 
 def make_ledger(version: int = 0, replicas: Mapping[str, tuple[int, str]] | None = None, **fields: Any) -> LedgerView:
-    """A ledger at `version` with replicas {name: (version, state)}, all alive."""
+    """A ledger at `version` with replicas {name: (version, state)}, all alive; `lends` names those that lend."""
+    lends = fields.pop("lends", ())
     records = tuple(
         ReplicaStatus(
             name=name,
@@ -129,6 +144,7 @@ def make_ledger(version: int = 0, replicas: Mapping[str, tuple[int, str]] | None
             state=state,
             serving=state == "CLEAN",
             reason="" if state == "CLEAN" else "torn",
+            lends=name in lends,
         )
         for name, (held, state) in (replicas or {}).items()
     )
@@ -159,7 +175,8 @@ def applied(wanted: Wanted) -> list[dict[str, Any]]:
     """All children of the render in force as they stand after an apply, Deployments available."""
     if wanted.in_force is None:
         return []
-    children = [stamped(manifest) for manifest in (wanted.secret, *wanted.in_force.base, wanted.in_force.engines)]
+    secrets = () if wanted.secret is None else (wanted.secret,)
+    children = [stamped(manifest) for manifest in (*secrets, *wanted.in_force.base, wanted.in_force.engines)]
     for child in children:
         child["metadata"] |= {"uid": f"uid-{child['metadata']['name']}", "generation": 1}
         if child["kind"] == "Deployment":

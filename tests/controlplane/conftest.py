@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +12,10 @@ import yaml
 
 from e2e.lab.bareapi import BareApiServer
 from e2e.lab.tools import ensure_tool
-from tests.controlplane.builders import DEFAULTS, KEY
 from tests.controlplane.kube import Kube, Kubelet, tail, wait_until
+from tests.controlplane.process import start_operator
 from tests.fixtures.servers import (
     RedisServer,
-    free_port,
     make_redis_server,
     pytest_runtest_makereport,
     redis_server,
@@ -31,9 +26,17 @@ __all__ = ["pytest_runtest_makereport", "redis_server", "start_redis"]
 
 ROOT = Path(__file__).parents[2]
 RELEASE, SYSTEM_NAMESPACE = "ws", "weightsync-system"
-EXIT_DEADLINE_S = 10.0
-"""The grace period of the chart: later, SIGKILL ends it."""
-INSTALLED_KINDS = ("CustomResourceDefinition", "ServiceAccount", "ClusterRole", "ClusterRoleBinding")
+RBAC = "rbac.authorization.k8s.io/v1"
+INSTALLED = {
+    "CustomResourceDefinition": "/apis/apiextensions.k8s.io/v1/customresourcedefinitions",
+    "ServiceAccount": "/api/v1/namespaces/{}/serviceaccounts",
+    "Lease": "/apis/coordination.k8s.io/v1/namespaces/{}/leases",
+    "ClusterRole": f"/apis/{RBAC}/clusterroles",
+    "ClusterRoleBinding": f"/apis/{RBAC}/clusterrolebindings",
+    "Role": f"/apis/{RBAC}/namespaces/{{}}/roles",
+    "RoleBinding": f"/apis/{RBAC}/namespaces/{{}}/rolebindings",
+}
+"""What of the chart the tests install: everything but the operator itself."""
 
 
 def helm_template(*options: str) -> subprocess.CompletedProcess[str]:
@@ -63,18 +66,18 @@ def installed(api_server: BareApiServer, chart: list[dict[str, Any]]) -> BareApi
     """The API server with the chart's CRD, account and rights: the operator of the tests may do what the chart lets it do."""
     server = api_server
     server.request("POST", "/api/v1/namespaces", {"metadata": {"name": SYSTEM_NAMESPACE}})
-    paths = {
-        "CustomResourceDefinition": "/apis/apiextensions.k8s.io/v1/customresourcedefinitions",
-        "ServiceAccount": f"/api/v1/namespaces/{SYSTEM_NAMESPACE}/serviceaccounts",
-        "ClusterRole": "/apis/rbac.authorization.k8s.io/v1/clusterroles",
-        "ClusterRoleBinding": "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings",
-    }
-    for manifest in chart:
-        if manifest["kind"] in INSTALLED_KINDS:
-            server.request("POST", paths[manifest["kind"]], manifest)
-    path = f"{paths['CustomResourceDefinition']}/weightsyncs.weightsync.dev"
+    install(server, chart)
+    path = f"{INSTALLED['CustomResourceDefinition']}/weightsyncs.weightsync.dev"
     wait_until("the CRD is established", lambda: server.request("GET", path).get("status", {}), _is_established)
     return server
+
+
+def install(server: BareApiServer, manifests: list[dict[str, Any]]) -> None:
+    """Create the objects of a rendered chart that the tests need."""
+    for manifest in manifests:
+        if manifest["kind"] in INSTALLED:
+            path = INSTALLED[manifest["kind"]].format(manifest["metadata"].get("namespace"))
+            server.request("POST", path, manifest)
 
 
 def _is_established(status: dict[str, Any]) -> bool:
@@ -117,45 +120,11 @@ def operator_log(
 
     It serves all namespaces and ends with its module: tests that drive passes themselves must be alone with theirs.
     """
-    folder, port = tmp_path_factory.mktemp("operator-process"), free_port()
-    (folder / "key").write_bytes(KEY)
-    environ = {
-        "WEIGHTSYNC_IMAGE_RUNTIME": DEFAULTS.runtime_image,
-        "WEIGHTSYNC_IMAGE_REDIS": DEFAULTS.redis_image,
-        "WEIGHTSYNC_IMAGE_MODELEXPRESS": DEFAULTS.model_express_image,
-        "WEIGHTSYNC_OPERATOR_KEY_FILE": str(folder / "key"),
-        "WEIGHTSYNC_LIVENESS_PORT": str(port),
-        "WEIGHTSYNC_LEDGER_ADDRESS": f"127.0.0.1:{ledger.port}",
-        "KUBECONFIG": str(operator_kubeconfig),
-    }
-    log = folder / "log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "weightsync_operator"], env={**os.environ, **environ}, stdout=out, stderr=out
-        )
-    try:
-        wait_until("the operator is healthy", lambda: _answer(port, process, log), lambda status: status == 200)
-        yield log
-        assert process.poll() is None, f"the operator ended with {process.returncode}:\n{tail(log)}"
-    finally:
-        process.terminate()
-        try:
-            assert process.wait(EXIT_DEADLINE_S) == 0, tail(log)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            pytest.fail(f"SIGTERM did not end the operator in {EXIT_DEADLINE_S:.0f} s:\n{tail(log)}")
-
-
-def _answer(port: int, process: subprocess.Popen[bytes], log: Path) -> int:
-    assert process.poll() is None, f"the operator ended with {process.returncode}:\n{tail(log)}"
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5) as answer:
-            return answer.status
-    except urllib.error.HTTPError as error:
-        return error.code
-    except OSError:
-        return 0
+    with start_operator(operator_kubeconfig, tmp_path_factory.mktemp("operator-process"), ledger.port) as operator:
+        operator.wait_ready()
+        yield operator.log
+        operator.page("/healthz")
+        assert operator.end() == 0, tail(operator.log)
 
 
 @pytest.fixture

@@ -58,7 +58,9 @@ class Kube:
         groups = {
             "pods": "api/v1", "services": "api/v1", "configmaps": "api/v1", "secrets": "api/v1", "serviceaccounts": "api/v1",
             "deployments": "apis/apps/v1", "statefulsets": "apis/apps/v1", "controllerrevisions": "apis/apps/v1",
-            "jobs": "apis/batch/v1", "poddisruptionbudgets": "apis/policy/v1", PLURAL: f"apis/{API_VERSION}",
+            "jobs": "apis/batch/v1", "poddisruptionbudgets": "apis/policy/v1",
+            "networkpolicies": "apis/networking.k8s.io/v1", "persistentvolumeclaims": "api/v1",
+            "resourceclaimtemplates": "apis/resource.k8s.io/v1", PLURAL: f"apis/{API_VERSION}",
         }  # fmt: skip
         return f"/{groups[kind]}/namespaces/{self.namespace}/{kind}" + (f"/{name}" if name else "")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,6 +74,12 @@ def test_the_runtime_reads_how_a_push_is_committed() -> None:
     assert (transfer.quorum, transfer.verify, transfer.prefix_cache) == (2, "sampled", "keep")
 
 
+def test_a_budget_of_the_trainers_arena_reaches_the_runtime_and_older_ones_see_no_new_key() -> None:
+    ring = _contract(transfer={"commit": "staged", "staging": "device", "arenaBudgetGiB": 2})
+    assert (ring.contract, ring.transfer.arena_budget_bytes) == ("1.2", 2 << 30)
+    assert (_contract().contract, _contract().transfer.arena_budget_bytes) == ("1.1", None)
+
+
 def test_by_default_a_push_is_in_place_wholly_verified_and_committed_by_all() -> None:
     transfer = _contract().transfer
     assert (transfer.commit, transfer.staging, transfer.staging_budget_bytes) == ("inPlace", "none", None)
@@ -86,7 +93,7 @@ def test_secrets_lie_where_the_contract_says() -> None:
     files = {f"{mount['mountPath']}/{item['path']}" for item in volume["secret"]["items"]}
     assert files == {contract.redis.password_file, contract.endpoint.token_file}
     assert {item["key"] for item in volume["secret"]["items"]} <= set(
-        secret(make_context().owner, derive_passwords(KEY, UID))["data"]
+        secret(make_context().owner, derive_passwords(KEY, UID), make_context().spec)["data"]
     )
 
 
@@ -102,6 +109,8 @@ def test_scaling_resources_and_timeouts_keep_the_session_and_identity_changes_it
         {"model": {"hostPath": "/models/b"}},
         {"trainer": {"nodes": 2}},
         {"inference": {"gpus": 2, "parallelism": {"tp": 2}}},
+        {"inference": {"quantization": "fp8"}},
+        {"trainer": {"parallelism": {"dpShard": 1}}},
     )
     assert {make_context(**over).session for over in same} == {session}
     assert session not in {make_context(**over).session for over in other}
@@ -191,6 +200,82 @@ def test_one_process_a_pod_gets_its_rank_from_the_job_and_several_from_torchrun(
     assert (one["RANK"], one["NODE_RANK"], one["WORLD_SIZE"], one["LOCAL_RANK"]) == (index, index, "2", "0")
     assert (many["PET_NNODES"], many["PET_NPROC_PER_NODE"], many["PET_NODE_RANK"]) == ("2", "4", index)
     assert "RANK" not in many, "torchrun gives each process its own"
+
+
+def test_a_trainers_mesh_reaches_every_rank() -> None:
+    axes = {"dpReplicate": 2, "dpShard": 2, "cp": 2, "ep": 4}
+    env = _env(_trainer(render(make_context(trainer={"gpusPerNode": 8, "parallelism": axes}))))
+    assert {name: env[f"WEIGHTSYNC_{name}"] for name in ("DP_REPLICATE", "DP_SHARD", "CP", "EP")} == {
+        "DP_REPLICATE": "2",
+        "DP_SHARD": "2",
+        "CP": "2",
+        "EP": "4",
+    }
+    assert "WEIGHTSYNC_EP" not in _env(_trainer(render(make_context())))
+
+
+def test_metrics_have_a_port_by_name_for_each_rank_and_the_contract_says_where() -> None:
+    """The runtime serves at metricsPort plus local rank; a trainer's PodMonitor finds the ports by their names."""
+    over: dict[str, Any] = {
+        "trainer": {"gpusPerNode": 3},
+        "telemetry": {"metricsPort": 9400, "traceFolder": "/tmp/traces"},
+    }
+    ports = {port["name"]: port["containerPort"] for port in _trainer(render(make_context(**over)))["ports"]}
+    assert ports == {"metrics": 9400, "metrics-1": 9401, "metrics-2": 9402}
+    told = _contract(**over).telemetry
+    assert (told.metrics_port, told.trace_folder) == (9400, "/tmp/traces")
+    assert _contract(telemetry={"metricsPort": 9400}).telemetry.trace_folder is None
+    assert "ports" not in _trainer(render(make_context(telemetry={"traceFolder": "/tmp/traces"})))
+    assert "ports" not in _trainer(render(make_context()))
+
+
+def test_a_replaced_model_is_judged_again_and_starts_a_session() -> None:
+    """Its place is the same: without a word of the user nobody would look again."""
+    one, other = (make_context(model={"revision": revision}) for revision in ("a", "b"))
+    assert one.session != other.session
+    names = {preflight_pod(ctx, render(ctx))["metadata"]["name"] for ctx in (make_context(), one, other)}
+    assert len(names) == 3
+    question = preflight_pod(one, render(one))["spec"]["containers"][0]["env"]
+    assert Question.load({entry["name"]: entry["value"] for entry in question}).model_path == Path("/models/ws")
+
+
+def test_engines_share_experts_when_told_to_and_the_preflight_is_asked_whether_they_can() -> None:
+    ctx = make_context(inference={"gpus": 4, "quantization": "fp8", "parallelism": {"tp": 4, "ep": 4}})
+    assert "--enable-expert-parallel" in _engine(render(ctx))["args"]
+    assert "--enable-expert-parallel" not in _engine(render(make_context()))["args"]
+    pod = preflight_pod(ctx, render(ctx))
+    question = Question.load({entry["name"]: entry["value"] for entry in pod["spec"]["containers"][0]["env"]})
+    assert (question.expert_parallel, question.quantization) == (4, "fp8")
+
+
+def test_all_data_parallel_ranks_of_an_engine_are_one_pod_with_one_api_server() -> None:
+    ctx = make_context(inference={"gpus": 8, "parallelism": {"tp": 2, "dp": 4, "ep": 8}})
+    engine = _engine(render(ctx))
+    told = " ".join(engine["args"])
+    assert "--tensor-parallel-size 2 --data-parallel-size 4 --api-server-count 1 --enable-expert-parallel" in told
+    assert engine["resources"]["limits"]["nvidia.com/gpu"] == "8"
+    pod = preflight_pod(ctx, render(ctx))
+    question = Question.load({entry["name"]: entry["value"] for entry in pod["spec"]["containers"][0]["env"]})
+    assert (question.tensor_parallel, question.data_parallel, question.expert_parallel) == (2, 4, 8)
+
+
+def test_the_preflight_is_told_what_staging_may_take() -> None:
+    limits = {"spec": {"containers": [{"name": "engine", "resources": {"limits": {"memory": "64Gi"}}}]}}
+    transfer = {"commit": "staged", "staging": "pinnedHost", "stagingBudgetGiB": 3}
+    ctx = make_context(inference={"podTemplate": limits}, transfer=transfer)
+    pod = preflight_pod(ctx, render(ctx))
+    question = Question.load({entry["name"]: entry["value"] for entry in pod["spec"]["containers"][0]["env"]})
+    assert (question.staging_budget_bytes, question.host_limit_bytes) == (3 << 30, 64 << 30)
+
+
+@pytest.mark.parametrize("resources", [{"limits": {"memory": "lots"}}, {"limits": None}, None])
+def test_a_memory_limit_that_is_none_is_left_to_the_api_server(resources: Any) -> None:
+    containers = {"spec": {"containers": [{"name": "engine", "resources": resources}]}}
+    transfer = {"commit": "staged", "staging": "pinnedHost"}
+    ctx = make_context(inference={"podTemplate": containers}, transfer=transfer)
+    pod = preflight_pod(ctx, render(ctx))
+    question = Question.load({entry["name"]: entry["value"] for entry in pod["spec"]["containers"][0]["env"]})
+    assert question.host_limit_bytes is None
 
 
 def test_the_engine_serves_the_model_by_its_name_with_the_plug_in() -> None:
@@ -337,7 +422,7 @@ def test_every_child_is_owned_by_the_resource() -> None:
         rendered.engines,
         rendered.trainer,
         preflight_pod(ctx, rendered),
-        secret(ctx.owner, derive_passwords(KEY, UID)),
+        secret(ctx.owner, derive_passwords(KEY, UID), ctx.spec),
     ]
     for child in children:
         (owner,) = child["metadata"]["ownerReferences"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import yaml
 
 from tests.controlplane.conftest import helm_template
 from weightsync_operator.cluster import RESOURCES
-from weightsync_operator.handlers import WATCHED
+from weightsync_operator.listing import LISTED, WATCHED
 from weightsync_operator.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -22,16 +24,38 @@ def _one(manifests: Manifests, kind: str) -> dict[str, Any]:
     return found
 
 
+def _cluster_role(chart: Manifests) -> dict[str, Any]:
+    """The operator's own; the other is for the ModelExpress of each resource."""
+    return _one([manifest for manifest in chart if not _is_for_modelexpress(manifest)], "ClusterRole")
+
+
+def _is_for_modelexpress(manifest: dict[str, Any]) -> bool:
+    return manifest["metadata"]["name"].endswith("-token-review")
+
+
+def test_what_all_accounts_may_is_to_ask_whose_a_token_is(chart: Manifests) -> None:
+    role, binding = (_one(list(filter(_is_for_modelexpress, chart)), k) for k in ("ClusterRole", "ClusterRoleBinding"))
+    assert role["rules"] == [
+        {"apiGroups": ["authentication.k8s.io"], "resources": ["tokenreviews"], "verbs": ["create"]}
+    ]
+    assert [(subject["kind"], subject["name"]) for subject in binding["subjects"]] == [
+        ("Group", "system:serviceaccounts")
+    ]
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+
+
 def _verbs(chart: Manifests) -> dict[tuple[str, str], set[str]]:
-    rules = _one(chart, "ClusterRole")["rules"]
-    return {(g, r): set(rule["verbs"]) for rule in rules for g in rule["apiGroups"] for r in rule["resources"]}
+    verbs: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for rule in [*_cluster_role(chart)["rules"], *_one(chart, "Role")["rules"]]:
+        for resource in itertools.product(rule["apiGroups"], rule["resources"]):
+            verbs[resource] |= set(rule["verbs"])
+    return verbs
 
 
 def test_the_chart_holds_what_the_operator_needs_and_nothing_else(chart: Manifests) -> None:
     kinds = sorted(manifest["kind"] for manifest in chart)
-    assert kinds == sorted(
-        ["CustomResourceDefinition", "Secret", "ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Deployment"]
-    )
+    own = ["CustomResourceDefinition", "Deployment", "Lease", "Secret", "ServiceAccount"]
+    assert kinds == sorted([*own, *(["ClusterRole", "ClusterRoleBinding"] * 2), "Role", "RoleBinding"])
 
 
 @pytest.mark.failure_mode(44)
@@ -59,9 +83,38 @@ def test_the_operator_runs_confined(chart: Manifests) -> None:
 
 
 @pytest.mark.failure_mode(69)
-def test_there_are_never_two_operators(chart: Manifests) -> None:
-    spec = _one(chart, "Deployment")["spec"]
-    assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
+def test_the_release_makes_the_lease_and_says_nothing_about_its_holder(chart: Manifests) -> None:
+    """A `spec` in the template would take the Lease from its holder with each upgrade."""
+    lease, deployment = _one(chart, "Lease"), _one(chart, "Deployment")
+    assert "spec" not in lease
+    environ = {
+        entry["name"]: entry["value"] for entry in deployment["spec"]["template"]["spec"]["containers"][0]["env"]
+    }
+    assert environ["WEIGHTSYNC_LEASE"] == f"{lease['metadata']['namespace']}/{lease['metadata']['name']}"
+    (rule,) = _one(chart, "Role")["rules"]
+    assert (rule["resourceNames"], rule["verbs"]) == ([lease["metadata"]["name"]], ["get", "patch"])
+
+
+@pytest.mark.failure_mode(44)
+def test_an_update_of_the_operator_brings_the_new_pod_up_before_the_old_one_ends(chart: Manifests) -> None:
+    """The new pod stands by, and ready, until the old one lets the Lease go."""
+    deployment = _one(chart, "Deployment")["spec"]
+    assert deployment["replicas"] == 1
+    assert deployment["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
+    (container,) = deployment["template"]["spec"]["containers"]
+    probes = {probe: container[probe]["httpGet"]["path"] for probe in ("livenessProbe", "readinessProbe")}
+    assert probes == {"livenessProbe": "/healthz", "readinessProbe": "/readyz"}
+
+
+def test_two_operators_go_to_two_nodes_and_a_drain_takes_one_at_a_time() -> None:
+    two = [document for document in yaml.safe_load_all(helm_template("--set=operator.replicas=2").stdout) if document]
+    labels = _one(two, "Deployment")["spec"]["selector"]["matchLabels"]
+    budget = _one(two, "PodDisruptionBudget")["spec"]
+    assert (budget["maxUnavailable"], budget["selector"]["matchLabels"]) == (1, labels)
+    affinity = _one(two, "Deployment")["spec"]["template"]["spec"]["affinity"]["podAntiAffinity"]
+    (term,) = affinity["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert term["podAffinityTerm"]["topologyKey"] == "kubernetes.io/hostname"
+    assert term["podAffinityTerm"]["labelSelector"]["matchLabels"] == labels
 
 
 def test_the_operator_starts_with_the_charts_environment(chart: Manifests, tmp_path: Path) -> None:
@@ -74,7 +127,7 @@ def test_the_operator_starts_with_the_charts_environment(chart: Manifests, tmp_p
 
 
 def test_no_right_is_a_wildcard(chart: Manifests) -> None:
-    for rule in _one(chart, "ClusterRole")["rules"]:
+    for rule in _cluster_role(chart)["rules"]:
         assert "*" not in [*rule["apiGroups"], *rule["resources"], *rule["verbs"]]
 
 
@@ -83,8 +136,10 @@ def test_every_kind_that_is_used_may_be_used_and_every_watch_may_be_held(chart: 
     for api_version, plural in RESOURCES.values():
         group = api_version.rpartition("/")[0]
         assert (group, plural) in verbs, plural
-    for group, _, plural in WATCHED:
-        assert {"list", "watch"} <= verbs[group, plural], plural
+    for kind in LISTED:
+        api_version, plural = RESOURCES[kind]
+        needed = {"list", "watch"} if kind in WATCHED else {"list"}
+        assert needed == verbs[api_version.rpartition("/")[0], plural] & {"list", "watch"}, plural
     assert verbs["", "secrets"] == {"get", "create", "patch"}, "no list: other people's Secrets stay unread"
 
 
@@ -109,7 +164,7 @@ def _commented(lines: list[str], index: int) -> bool:
         ("images.runtime=", "runtime"),
         ("image.runtime=x", "image"),
         ("crds.keep=perhaps", "keep"),
-        ("operator.replicas=2", "replicas"),
+        ("operator.replicas=-1", "replicas"),
     ],
 )
 def test_bad_values_are_refused_by_name(option: str, words: str) -> None:

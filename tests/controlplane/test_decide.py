@@ -292,6 +292,33 @@ def test_a_joiner_after_the_end_of_training_has_no_source() -> None:
     assert _verdict(step, Condition.COMPLETE) == ("True", Reason.TRAINER_SUCCEEDED)
 
 
+@pytest.mark.failure_mode(61)
+@pytest.mark.parametrize(
+    ("lender", "live", "reason"),
+    [
+        ((42, "CLEAN"), True, Reason.BEHIND),
+        ((42, "DIRTY"), True, Reason.NO_SOURCE),
+        ((41, "CLEAN"), True, Reason.NO_SOURCE),
+        ((42, "CLEAN"), False, Reason.NO_SOURCE),
+    ],
+)
+def test_after_training_a_healthy_peer_is_a_source(lender: tuple[int, str], live: bool, reason: Reason) -> None:
+    replicas = {"ws-inference-0": lender, "ws-inference-1": (0, "CLEAN")}
+    alive = frozenset(replicas) if live else frozenset({"ws-inference-1"})
+    ledger = make_ledger(42, replicas, lends=replicas.keys(), live=alive)
+    step = _steady(ledger=ledger, trainer={"state": "Complete"})
+    assert _verdict(step, Condition.SYNCED) == ("False", reason)
+    if reason is Reason.BEHIND:
+        assert "peers that have it: ws-inference-0" in _condition(step, Condition.SYNCED).message
+
+
+def test_the_last_push_says_which_engine_repaired_another() -> None:
+    push = make_push(5, source="ws-inference-0", catch_up=True)
+    step = _steady(ledger=make_ledger(5, {"ws-inference-0": (5, "CLEAN")}, last_push=push))
+    assert step.status.last_push is not None
+    assert step.status.last_push.source == "ws-inference-0"
+
+
 def test_an_unreachable_ledger_is_told_and_its_last_figures_stay() -> None:
     wanted = _wanted()
     status = _running(wanted) | {"version": {"published": 9, "committed": 9}}

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from tests.controlplane.builders import NOW, make_context, make_job, make_ledger, make_pod, make_seen
-from weightsync_operator.api.names import Component, TrainerState
+from weightsync_operator.api.names import LABEL_COMPONENT, Component, TrainerState
 from weightsync_operator.api.status import TrainerStatus
 from weightsync_operator.plan.actions import Apply, Delete
 from weightsync_operator.plan.gang import GangStep, GangWish, step_gang
-from weightsync_operator.plan.observed import Seen, timestamp
+from weightsync_operator.plan.observed import Seen, disrupted_jobs, timestamp
 from weightsync_operator.plan.render import render
 
 TEMPLATE = render(make_context(trainer={"nodes": 2})).trainer
@@ -109,6 +109,21 @@ def test_a_spent_budget_is_final_until_it_is_raised_or_the_spec_changes() -> Non
     assert (raised.state, raised.restarts) == (TrainerState.STARTING, 3)
     changed = _step(failed, wish=_wish(spec_hash="other")).status
     assert (changed.state, changed.restarts) == (TrainerState.STARTING, 0)
+
+
+def test_a_disruption_is_read_from_the_pods_themselves() -> None:
+    """Of a trainer's Job alone, and only while the condition is True: what no event told, a list tells."""
+    cases = {
+        ("trainer", "True"): {"job-1"},
+        ("trainer", "False"): set(),
+        ("inference", "True"): set(),
+    }
+    for (component, status), expected in cases.items():
+        pod = {
+            "metadata": {"labels": {LABEL_COMPONENT: component}, "ownerReferences": [{"kind": "Job", "uid": "job-1"}]},
+            "status": {"conditions": [{"type": "DisruptionTarget", "status": status}]},
+        }
+        assert disrupted_jobs({("Pod", "p"): pod, ("Job", "j"): pod}) == expected
 
 
 def test_a_disruption_spends_nothing() -> None:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("operator")
 TWO = merged(MINIMAL, {"trainer": {"nodes": 2}, "inference": {"replicas": 2}})
 CHILD_KINDS = (
     "pods", "services", "configmaps", "secrets", "serviceaccounts", "deployments", "statefulsets", "controllerrevisions",
-    "jobs", "poddisruptionbudgets",
+    "jobs", "poddisruptionbudgets", "networkpolicies",
 )  # fmt: skip
 
 
@@ -61,6 +61,7 @@ def test_all_children_appear_in_their_order(kube: Kube, kubelet: Kubelet) -> Non
     assert _names(kube, "services") == {"ws-redis", "ws-mx", "ws-trainer", "ws-engines", "ws-inference"}
     assert _names(kube, "deployments") == {"ws-redis", "ws-mx"}
     assert _names(kube, "secrets") == {"ws-auth"}
+    assert _names(kube, "networkpolicies") == {"ws-redis", "ws-mx", "ws-trainer", "ws-inference"}
     assert _names(kube, "jobs") == set()
     wait_until("the question is taken away", lambda: kubelet.pods(Component.PREFLIGHT), lambda pods: pods == [])
 
@@ -76,10 +77,19 @@ def test_what_is_deleted_or_edited_by_hand_comes_back(kube: Kube, kubelet: Kubel
     _bring_up(kube, kubelet)
     kubelet.wait_for(Component.INFERENCE, 2)
     kube.delete("services", "ws-mx")
+    kube.delete("networkpolicies", "ws-redis")
+    anyone = [{"op": "add", "path": "/spec/ingress/-", "value": {}}]
+    kube.patch("networkpolicies", "ws-mx", anyone)
     kube.patch("deployments", "ws-redis", {"spec": {"replicas": 3}, "metadata": {"annotations": {"theirs": "kept"}}})
     image = [{"op": "replace", "path": "/spec/template/spec/containers/0/image", "value": "evil"}]
     kube.patch("statefulsets", "ws-inference", image)
 
+    wait_until("the policy is back", lambda: _names(kube, "networkpolicies"), lambda names: "ws-redis" in names)
+    wait_until(
+        "ModelExpress is closed again",
+        lambda: kube.list("networkpolicies")["ws-mx"]["spec"]["ingress"],
+        lambda rules: {} not in rules,
+    )
     wait_until("the Service is back", lambda: _names(kube, "services"), lambda names: "ws-mx" in names)
     wait_until("Redis is one again", lambda: kube.list("deployments")["ws-redis"]["spec"]["replicas"], lambda n: n == 1)
     assert kube.list("deployments")["ws-redis"]["metadata"]["annotations"]["theirs"] == "kept"
@@ -196,6 +206,12 @@ def test_a_typo_in_a_pod_template_is_told_with_its_path_and_makes_nothing(kube: 
     kube.create(merged(TWO, {"inference": {"podTemplate": {"spec": {"nodeSelectr": {"a": "b"}}}}}))
     message = _wait_condition(kube, "SpecValid", "False", "SpecInvalid")
     assert message.startswith("spec.inference.podTemplate.spec.nodeSelectr: field not declared in schema")
+    told = wait_until(
+        "an event", lambda: kube.request("GET", f"/api/v1/namespaces/{kube.namespace}/events")["items"], bool
+    )
+    assert [(event["type"], event["reason"], event["message"]) for event in told] == [
+        ("Warning", "SpecInvalid", message)
+    ]
     assert {kind: _names(kube, kind) for kind in CHILD_KINDS if _names(kube, kind)} == {}
     kube.patch(PLURAL, "ws", {"spec": {"inference": {"podTemplate": {"spec": {"nodeSelectr": None}}}}})
     kubelet.answer_preflight()

@@ -94,3 +94,27 @@ def test_what_must_not_be_overridden_is_refused_with_its_path(overlay: dict[str,
 def test_a_refused_overlay_refuses_the_whole_render() -> None:
     with pytest.raises(SpecError, match=r"spec\.inference\.podTemplate\.spec\.hostname"):
         render(make_context(inference={"podTemplate": {"spec": {"hostname": "x"}}}))
+
+
+@pytest.mark.parametrize(
+    ("overlay", "path"),
+    [
+        ({"spec": None}, "spec"),
+        ({"spec": []}, "spec"),
+        ({"metadata": None}, "metadata"),
+        ({"metadata": {"labels": None}}, "metadata.labels"),
+        ({"metadata": {"labels": ["a"]}}, "metadata.labels"),
+        ({"spec": {"containers": None}}, "spec.containers"),
+        ({"spec": {"containers": {}}}, "spec.containers"),
+        ({"spec": {"containers": 3}}, "spec.containers"),
+        ({"spec": {"containers": [{"name": ["main"]}]}}, "spec.containers[0].name"),
+        ({"spec": {"containers": [{"name": "main", "env": None}]}}, "spec.containers[0].env"),
+        ({"spec": {"containers": [{"name": "main", "env": "A=1"}]}}, "spec.containers[0].env"),
+        ({"spec": {"volumes": "v"}}, "spec.volumes"),
+    ],
+)
+def test_what_takes_the_operators_own_fields_away_is_refused_with_its_path(overlay: dict[str, Any], path: str) -> None:
+    """The fuzz found the first two: a traceback at every pass. Without its variables a gang would not know its epoch."""
+    with pytest.raises(SpecError) as refused:
+        _overlay(overlay)
+    assert refused.value.field == f"spec.trainer.podTemplate.{path}"

@@ -41,8 +41,8 @@ def _config(model: Path, **changes: Any) -> None:
     (model / "config.json").write_text(json.dumps({**CONFIG, **changes}))
 
 
-def _ask(model: Path, tp: int = 1) -> Verdict:
-    return inspect_model(Question(model_path=model, model_field="spec.model.hostPath", tensor_parallel=tp))
+def _ask(model: Path, tp: int = 1, **more: Any) -> Verdict:
+    return inspect_model(Question(model_path=model, model_field="spec.model.hostPath", tensor_parallel=tp, **more))
 
 
 def test_a_good_model_passes_with_its_sizes(model: Path) -> None:
@@ -94,6 +94,73 @@ def test_what_cannot_be_served_is_named(model: Path, changes: dict[str, Any], wo
 def test_a_dtype_that_cannot_be_pushed_is_named_with_a_tensor(model: Path) -> None:
     _write_tensors(model / "model.safetensors", dtype="F8_E4M3", names=("layers.0.w",))
     assert "dtype F8_E4M3 (as in layers.0.w)" in _ask(model).errors[0].message
+
+
+BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+@pytest.mark.parametrize(
+    ("stored", "words"),
+    [
+        (BLOCKS, ""),
+        (None, "this one is plain: leave it out"),
+        ({"quant_method": "fp8"}, "quantized as fp8 with blocks None; a push writes fp8 with blocks [128, 128]"),
+        ({"quant_method": "awq", "weight_block_size": [128, 128]}, "quantized as awq"),
+    ],
+)
+def test_fp8_is_a_serialized_checkpoint_with_blocks_that_a_push_writes(
+    model: Path, stored: dict[str, Any] | None, words: str
+) -> None:
+    _config(model, **({} if stored is None else {"quantization_config": stored}))
+    _write_tensors(model / "model.safetensors", dtype="F8_E4M3")
+    faults = _ask(model, quantization="fp8").errors
+    assert [fault.field for fault in faults] == (["spec.inference.quantization"] if words else [])
+    assert all(words in fault.message for fault in faults)
+
+
+def test_without_expert_parallelism_experts_are_sliced_over_data_parallel_ranks_too(model: Path) -> None:
+    """As vLLM does it; attention is not."""
+    _config(
+        model, num_attention_heads=8, num_key_value_heads=8, intermediate_size=8, num_experts=4, moe_intermediate_size=6
+    )
+    assert _ask(model, 2).ok
+    (fault,) = _ask(model, 2, data_parallel=2).errors
+    assert fault.message == "moe_intermediate_size 6 is not divisible by tp * dp 4"
+    assert _ask(model, 2, data_parallel=2, expert_parallel=4).ok
+
+
+def test_data_parallel_ranks_of_a_dense_model_stage_a_copy_each(model: Path) -> None:
+    """16 bytes of weights: one copy fits into the pod, two do not; a rank's share is what it is without data parallelism."""
+    assert _ask(model, host_limit_bytes=16, staging_budget_bytes=16).ok
+    (fault,) = _ask(model, data_parallel=2, host_limit_bytes=16, staging_budget_bytes=16).errors
+    assert fault.message.startswith("staging pinnedHost takes at least 32 bytes in all ranks")
+    _config(model, num_experts=4)
+    assert _ask(model, data_parallel=2, host_limit_bytes=16, staging_budget_bytes=8).ok
+
+
+def test_experts_must_be_there_and_divisible_and_are_not_sliced(model: Path) -> None:
+    assert "has no experts that ep 3 could share out" in _ask(model, 3, expert_parallel=3).errors[0].message
+    _config(model, num_experts=8, moe_intermediate_size=10)
+    (fault,) = _ask(model, 3, expert_parallel=3).errors
+    assert fault == Fault("spec.inference.parallelism.ep", "8 experts are not divisible by ep 3; possible: 1, 2, 4, 8")
+    _config(model, n_routed_experts=9, moe_intermediate_size=10)
+    assert _ask(model, 3, expert_parallel=3).ok
+
+
+@pytest.mark.failure_mode(52)
+def test_staging_that_cannot_fit_is_refused_with_the_numbers(model: Path) -> None:
+    """16 bytes of bf16 weights: 8 a rank at tp 2. Those of fp32 are staged as bf16, half of it."""
+    _config(model, num_attention_heads=8, num_key_value_heads=8)
+    (fault,) = _ask(model, 2, staging_budget_bytes=7).errors
+    assert fault.field == "spec.transfer.stagingBudgetGiB"
+    assert "8 bytes of weights a rank" in fault.message and "7 bytes" in fault.message
+    assert _ask(model, 2, staging_budget_bytes=8).ok
+    (fault,) = _ask(model, 2, host_limit_bytes=15).errors
+    assert fault.field == "spec.inference.podTemplate"
+    assert "16 bytes in all ranks" in fault.message and "15 bytes" in fault.message
+    assert _ask(model, 2, host_limit_bytes=16).ok
+    _write_tensors(model / "model.safetensors", dtype="F32")
+    assert _ask(model, 2, staging_budget_bytes=4).ok
 
 
 def test_a_missing_folder_config_or_weights_is_told(tmp_path: Path, model: Path) -> None:

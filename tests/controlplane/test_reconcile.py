@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from tests.controlplane.builders import DEFAULTS, KEY, MINIMAL, merged
+from tests.controlplane.builders import DEFAULTS, MINIMAL, merged
 from tests.controlplane.kube import Kube, Kubelet, wait_until
-from tests.fixtures.servers import free_port
+from tests.controlplane.passes import DrivenOperator, drive
 from weightsync_operator.api.names import PLURAL, Component
-from weightsync_operator.cluster import ApiError, Cluster
-from weightsync_operator.reconcile import Reconciler
-from weightsync_operator.settings import Settings
-from weightsync_operator.telemetry import Telemetry
 
 ROOT = Path(__file__).parents[2]
 TWO = merged(
@@ -33,61 +26,7 @@ TWO = merged(
 )
 
 
-class _CountingCluster(Cluster):
-    """Notes every request that changes something."""
-
-    changes: list[tuple[str, str]]
-
-    async def _request(self, method: str, path: str, **kwargs: Any) -> dict[str, Any]:
-        if method != "GET":
-            self.changes.append((method, path))
-        return await super()._request(method, path, **kwargs)
-
-
-@dataclasses.dataclass
-class _Operator:
-    """A reconciler that is driven pass by pass."""
-
-    reconciler: Reconciler
-    cluster: _CountingCluster
-    key: tuple[str, str]
-
-    async def one_pass(self) -> float | None:
-        """A pass; one that came upon a change of somebody else is to be repeated at once."""
-        try:
-            return await self.reconciler.reconcile(self.key)
-        except ApiError as error:
-            if error.status != 409:
-                raise
-            return 0.0
-
-    async def settle(self, passes: int = 40) -> None:
-        """Pass after pass until one asks for nothing soon and changed nothing."""
-        for _ in range(passes):
-            before = len(self.cluster.changes)
-            wait_s = await self.one_pass()
-            if wait_s is None or (wait_s > 1 and len(self.cluster.changes) == before):
-                return
-        raise AssertionError(f"not settled after {passes} passes; last changes: {self.cluster.changes[-5:]}")
-
-
-def _drive(kubeconfig: Path, kube: Kube, play: Callable[[_Operator], Awaitable[None]], runtime_image: str = "") -> None:
-    async def scenario() -> None:
-        defaults = dataclasses.replace(DEFAULTS, runtime_image=runtime_image or DEFAULTS.runtime_image)
-        settings = Settings(defaults=defaults, operator_key=KEY, ledger_address=f"127.0.0.1:{free_port()}")
-        async with await _CountingCluster.connect(str(kubeconfig)) as cluster:
-            cluster.changes = []
-            telemetry = Telemetry(on_change=lambda key: None)
-            operator = _Operator(Reconciler(cluster, telemetry, settings), cluster, (kube.namespace, "ws"))
-            try:
-                await play(operator)
-            finally:
-                await telemetry.close()
-
-    asyncio.run(scenario())
-
-
-async def _bring_up(operator: _Operator, kube: Kube, kubelet: Kubelet) -> None:
+async def _bring_up(operator: DrivenOperator, kube: Kube, kubelet: Kubelet) -> None:
     await asyncio.to_thread(kube.create, TWO)
     await operator.settle()
     await asyncio.to_thread(kubelet.answer_preflight)
@@ -113,7 +52,7 @@ def test_every_example_is_taken_and_so_are_its_children(
 ) -> None:
     example = yaml.safe_load(manifest.read_text())
 
-    async def play(operator: _Operator) -> None:
+    async def play(operator: DrivenOperator) -> None:
         await asyncio.to_thread(kube.create, example["spec"])
         await operator.settle()
         assert kube.condition("SpecValid")[:2] == ("Unknown", "PreflightRunning")
@@ -122,7 +61,7 @@ def test_every_example_is_taken_and_so_are_its_children(
         assert kube.condition("SpecValid")[0] == "True"
         assert kube.list("statefulsets")["ws-inference"]["spec"]["replicas"] == example["spec"]["inference"]["replicas"]
 
-    _drive(operator_kubeconfig, kube, play)
+    drive(operator_kubeconfig, kube, play)
 
 
 @pytest.mark.failure_mode(39)
@@ -131,21 +70,22 @@ def test_a_second_pass_changes_nothing_and_neither_does_a_second_operator(
 ) -> None:
     """1 all is made; 2 ten more passes ask for no change; 3 a fresh operator with no memory asks for none either."""
 
-    async def first(operator: _Operator) -> None:
+    async def first(operator: DrivenOperator) -> None:
         await _bring_up(operator, kube, kubelet)
         await operator.settle()
         operator.cluster.changes.clear()
-        for _ in range(10):
+        for _ in range(5):
             await operator.reconciler.reconcile(operator.key)
+            await operator.one_pass()
         assert operator.cluster.changes == []
 
-    async def second(operator: _Operator) -> None:
+    async def second(operator: DrivenOperator) -> None:
         for _ in range(5):
             await operator.reconciler.reconcile(operator.key)
         assert [change for change in operator.cluster.changes if not change[1].endswith("/status")] == []
 
-    _drive(operator_kubeconfig, kube, first)
-    _drive(operator_kubeconfig, kube, second)
+    drive(operator_kubeconfig, kube, first)
+    drive(operator_kubeconfig, kube, second)
 
 
 @pytest.mark.failure_mode(44)
@@ -153,10 +93,10 @@ def test_a_second_pass_changes_nothing_and_neither_does_a_second_operator(
 def test_a_new_operator_with_other_images_restarts_nothing_until_the_spec_changes(
     kube: Kube, kubelet: Kubelet, operator_kubeconfig: Path
 ) -> None:
-    async def old(operator: _Operator) -> None:
+    async def old(operator: DrivenOperator) -> None:
         await _bring_up(operator, kube, kubelet)
 
-    async def new(operator: _Operator) -> None:
+    async def new(operator: DrivenOperator) -> None:
         await operator.settle()
         assert _images(kube) == {"ws-inference": DEFAULTS.runtime_image, "ws-trainer-1": DEFAULTS.runtime_image}
         assert kube.condition("UpdatePending")[:2] == ("True", "OperatorChanged")
@@ -170,8 +110,8 @@ def test_a_new_operator_with_other_images_restarts_nothing_until_the_spec_change
         assert _images(kube)["ws-inference"] == "new/runtime:2"
         assert kube.condition("UpdatePending")[0] == "False"
 
-    _drive(operator_kubeconfig, kube, old)
-    _drive(operator_kubeconfig, kube, new, runtime_image="new/runtime:2")
+    drive(operator_kubeconfig, kube, old)
+    drive(operator_kubeconfig, kube, new, runtime_image="new/runtime:2")
 
 
 def _images(kube: Kube) -> dict[str, str]:
@@ -182,7 +122,7 @@ def _images(kube: Kube) -> dict[str, str]:
 def test_going_back_to_an_earlier_spec_takes_its_render_without_asking_again(
     kube: Kube, kubelet: Kubelet, operator_kubeconfig: Path
 ) -> None:
-    async def play(operator: _Operator) -> None:
+    async def play(operator: DrivenOperator) -> None:
         await _bring_up(operator, kube, kubelet)
         first = kube.status()["revision"]
         kube.patch(PLURAL, "ws", {"spec": {"transfer": {"timeoutSeconds": 99}}})
@@ -194,7 +134,7 @@ def test_going_back_to_an_earlier_spec_takes_its_render_without_asking_again(
         revisions = kube.list("controllerrevisions")
         assert {f"ws-{first}", f"ws-{second}"} <= set(revisions)
 
-    _drive(operator_kubeconfig, kube, play)
+    drive(operator_kubeconfig, kube, play)
 
 
 @pytest.mark.failure_mode(63)
@@ -203,7 +143,7 @@ def test_a_lost_status_starts_no_second_gang_beside_the_first(
 ) -> None:
     """Without its notes the operator clears what runs away before it numbers a new epoch."""
 
-    async def play(operator: _Operator) -> None:
+    async def play(operator: DrivenOperator) -> None:
         await _bring_up(operator, kube, kubelet)
         kube.patch(PLURAL, "ws", {"status": None}, status=True)
         for _ in range(30):
@@ -212,4 +152,4 @@ def test_a_lost_status_starts_no_second_gang_beside_the_first(
         assert kube.status()["revision"] != ""
         assert (kube.status()["trainer"]["epoch"], set(kube.list("jobs"))) == (2, {"ws-trainer-2"})
 
-    _drive(operator_kubeconfig, kube, play)
+    drive(operator_kubeconfig, kube, play)

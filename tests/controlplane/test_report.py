@@ -10,6 +10,7 @@ import pytest
 
 from tests.controlplane.builders import make_context, make_resource
 from weightsync_operator.api.status import ConditionStatus, InferenceStatus, VersionStatus, WeightSyncStatus
+from weightsync_operator.metrics import Metrics
 from weightsync_operator.report import FIGURES_PERIOD_S, Reporter, merge_patch
 
 SYNCED = ConditionStatus(type="Synced", status="True", last_transition_time="2026-01-01T00:00:00Z", reason="InSync")
@@ -49,7 +50,7 @@ def cluster() -> _Cluster:
 
 @pytest.fixture
 def reporter(cluster: _Cluster) -> Reporter:
-    return Reporter(cluster)  # type: ignore[arg-type]
+    return Reporter(cluster, Metrics())  # type: ignore[arg-type]
 
 
 def _report(reporter: Reporter, cluster: _Cluster, status: WeightSyncStatus) -> float:

@@ -20,13 +20,16 @@ def _engines(replicas: int, observed: int = 3) -> dict[str, Any]:
     }
 
 
-def _step(*pods: dict[str, Any], budget: int = 1, has_source: bool = True, observed: int = 3) -> Rollout:
+def _step(
+    *pods: dict[str, Any], budget: int = 1, has_source: bool = True, observed: int = 3, lenders: str = ""
+) -> Rollout:
     return step_rollout(
         _engines(len(pods), observed),
         make_seen(None, *pods),
         max_unavailable=budget,
         session="s",
-        has_source=has_source,
+        trainer_runs=has_source,
+        lenders=frozenset(lenders),
     )
 
 
@@ -80,3 +83,13 @@ def test_an_engine_on_its_way_out_is_not_evicted_again() -> None:
 
 def test_nothing_is_judged_before_the_set_saw_its_new_template() -> None:
     assert _step(_old("a"), observed=2) == Rollout()
+
+
+@pytest.mark.failure_mode(61)
+def test_without_a_trainer_engines_go_while_a_peer_stays_that_has_the_version() -> None:
+    """The last one that has it goes only when a successor has it; one that is up to date already spares none of the old."""
+    assert _evicted(_step(_old("a"), _old("b"), has_source=False, lenders="ab", budget=2)) == ["a"]
+    assert _evicted(_step(_old("a"), _old("b"), has_source=False, lenders="a")) == ["b"]
+    assert _evicted(_step(_old("a"), has_source=False, lenders="a")) == []
+    assert _evicted(_step(_new("a"), _old("b"), has_source=False, lenders="ab")) == ["b"]
+    assert _step(_old("a"), has_source=False, lenders="a").blocked is Reason.ROLLOUT_WAITS_FOR_SOURCE

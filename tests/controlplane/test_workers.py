@@ -142,6 +142,22 @@ def test_a_conflict_is_tried_again_at_once_and_in_silence(caplog: pytest.LogCapt
     assert caplog.records == []
 
 
+def test_a_resource_that_goes_during_its_pass_is_no_error_and_one_that_stays_refused_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("weightsync_operator.workers.FIRST_RETRY_S", 0.02)
+    gone, refused = _Passes(ApiError(404, "gone", {}), None), _Passes(*2 * [ApiError(404, "no such kind", {})], 60.0)
+
+    async def play(workers: Workers, passes: _Passes, count: int) -> None:
+        workers.poke(A)
+        await passes.count(count, timeout_s=5.0)
+
+    _run(gone, lambda workers: play(workers, gone, 2))
+    assert caplog.records == []
+    _run(refused, lambda workers: play(workers, refused, 3))
+    assert [record.message.split("(")[1] for record in caplog.records] == ["404: no such kind); next try in 0 s"]
+
+
 def test_a_bug_is_visible_and_stops_nobody_else(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

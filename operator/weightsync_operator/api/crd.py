@@ -50,6 +50,7 @@ def custom_resource_definition() -> dict[str, Any]:
                 "plural": PLURAL,
                 "singular": "weightsync",
                 "shortNames": ["ws"],
+                "categories": ["all"],
             },
             "scope": "Namespaced",
             "versions": [_version()],

@@ -19,6 +19,15 @@ class Section(BaseModel):
     )
 
 
+def later(default: Any, *, alias: str | None = None) -> Any:
+    """Default of a field that came after the first release.
+
+    A dump leaves the field out while it has its default: sessions and revisions are hashes of dumps, and a spec that does not
+    name the field must keep its hash when the operator learns it.
+    """
+    return Field(default=default, alias=alias, exclude_if=lambda value: value == default)
+
+
 def rules(*pairs: tuple[str, str]) -> dict[str, Any]:
     """CEL rules for `json_schema_extra`, given as (rule, message)."""
     return {"x-kubernetes-validations": [{"rule": rule, "message": message} for rule, message in pairs]}
@@ -29,6 +38,11 @@ Argument = Annotated[str, Field(max_length=4096)]
 Arguments = Annotated[tuple[Argument, ...], Field(max_length=128)]
 AbsolutePath = Annotated[str, Field(min_length=2, max_length=512, pattern=r"^/[^:]*$")]
 DnsSubdomain = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
+DnsLabel = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
+_HOST = r"(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9]([-A-Za-z0-9.]*[A-Za-z0-9])?)"
+_PORT = r"([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+HostAndPort = Annotated[str, Field(min_length=3, max_length=262, pattern=rf"^{_HOST}:{_PORT}$")]
+"""host:port; an IPv6 address stands in brackets."""
 ResourceName = Annotated[
     str,
     Field(

@@ -38,7 +38,8 @@ def _convert(node: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any
             continue
         out[key] = _convert_value(key, value, definitions)
     if "default" in out:
-        out["default"] = _without_nulls(out["default"])  # CEL rules judge a default as it stands here
+        # CEL rules judge a default as it stands here, before the defaults of its own fields are filled in.
+        out["default"] = _completed(_without_nulls(out["default"]), out)
     if "const" in out:
         out["enum"] = [out.pop("const")]
     return out
@@ -48,6 +49,16 @@ def _without_nulls(default: Any) -> Any:
     if not isinstance(default, dict):
         return default
     return {name: _without_nulls(value) for name, value in default.items() if value is not None}
+
+
+def _completed(default: Any, schema: dict[str, Any]) -> Any:
+    """A default with the defaults of the fields that it leaves out."""
+    if not isinstance(default, dict):
+        return default
+    fields = schema.get("properties", {})
+    ours = {name: _completed(value, fields.get(name, {})) for name, value in default.items()}
+    theirs = {name: child["default"] for name, child in fields.items() if name not in default and "default" in child}
+    return ours | theirs
 
 
 def _convert_value(key: str, value: Any, definitions: dict[str, Any]) -> Any:

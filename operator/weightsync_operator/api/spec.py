@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
+from weightsync_operator.api.fabric import FabricSpec
 from weightsync_operator.api.fields import (
     AbsolutePath,
     Argument,
@@ -16,11 +17,11 @@ from weightsync_operator.api.fields import (
     DnsSubdomain,
     Image,
     PodOverlay,
-    ResourceName,
-    Resources,
     Section,
+    later,
     rules,
 )
+from weightsync_operator.api.rendezvous import ModelExpressSpec, RedisSpec
 
 ENGINE_FLAGS = (
     "model",
@@ -34,10 +35,18 @@ ENGINE_FLAGS = (
 )
 """Flags of `vllm serve` that the operator sets, and engineArgs must not."""
 
+DATA_PARALLEL_FLAGS = "^--?(data-parallel-.*|dp[a-z]?|api-server-count|asc|headless)(=.*)?$"
+"""Flags of `vllm serve` that say how data-parallel ranks are started and reached: the operator's, too, where there are any."""
+
 RESERVED_ENV_PATTERN = (
     "^(WEIGHTSYNC_.*|POD_.*|UCX_TLS|RANK|LOCAL_RANK|WORLD_SIZE|NNODES|NODE_RANK|MASTER_ADDR|MASTER_PORT|PET_.*)$"
 )
 """Environment that the operator sets and a gang depends on."""
+
+
+TRAINER_PORT = 29500
+"""Where rank 0 of a gang waits for the others."""
+_RANKS_A_POD = "(self.trainer.gpusPerNode == 0 ? 1 : self.trainer.gpusPerNode)"
 
 
 class PersistentVolumeClaimSource(Section):
@@ -66,55 +75,18 @@ class ModelSpec(Section):
         | None
     ) = None
     """Name under which the engines serve it; the resource's name by default."""
+    revision: (
+        Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?$")]
+        | None
+    ) = later(None)
+    """Which state of the files this is, in your own words: a tag, a commit, a date. Another one says that the files were
+    replaced: the preflight looks at them again, and trainer and engines start anew from them, at version 0 of a new session."""
     path: AbsolutePath | None = None
     """Folder inside the trainer's and engines' images."""
     host_path: AbsolutePath | None = None
     """Folder on every node; mounted read-only at /models/<last part of the name>."""
     persistent_volume_claim: PersistentVolumeClaimSource | None = None
     """Claim that holds the model; mounted read-only at /models/<last part of the name>."""
-
-
-class FabricSpec(Section):
-    """What moves the bytes between trainer and engines."""
-
-    model_config = ConfigDict(
-        json_schema_extra=rules(
-            ("self.profile != 'tcp' || !has(self.resourceName)", "profile tcp uses no device: leave resourceName out"),
-        )
-    )
-
-    profile: Literal["tcp", "emulated", "hca-shared"] = "tcp"
-    """tcp: no device; emulated: the lab's device plug-in, bytes over tcp; hca-shared: RDMA shared device plug-in."""
-    resource_name: ResourceName | None = None
-    """Extended resource of the RDMA device; the profile's own by default."""
-    count: Annotated[int, Field(ge=1, le=16)] = 1
-    """RDMA devices a pod."""
-    ucx: Annotated[
-        dict[str, Annotated[str, Field(max_length=256)]],
-        Field(
-            max_length=32,
-            json_schema_extra=rules(("self.all(k, k.matches('^UCX_[A-Z0-9_]+$'))", "ucx takes variables named UCX_*")),
-        ),
-    ] = Field(default_factory=dict)
-    """UCX variables for trainer and engines, over the profile's."""
-
-
-class RedisSpec(Section):
-    """The managed Redis that holds the ledger of versions."""
-
-    image: Image | None = None
-    """The operator's default by default."""
-    resources: Resources = Resources()
-    """Requests and limits of the Redis container."""
-
-
-class ModelExpressSpec(Section):
-    """The managed ModelExpress server, by which trainer and engines find each other."""
-
-    image: Image | None = None
-    """The operator's default by default."""
-    resources: Resources = Resources()
-    """Requests and limits of the server's container."""
 
 
 class EnvVar(Section):
@@ -126,8 +98,41 @@ class EnvVar(Section):
     """Its value."""
 
 
+class TrainerParallelism(Section):
+    """Axes of the trainer's device mesh; each rank finds them in WEIGHTSYNC_DP_REPLICATE, _DP_SHARD, _CP and _EP."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            ("(self.dpShard * self.cp) % self.ep == 0", "ep splits the ranks of dpShard * cp: it must divide them"),
+        )
+    )
+
+    dp_shard: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Ranks that share one copy of the weights (FSDP)."""
+    dp_replicate: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Copies of the weights (HSDP)."""
+    ep: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Ranks that share the experts of a layer; they are ranks of dpShard and cp, not more."""
+    cp: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Ranks that share a sequence (context parallelism)."""
+
+    @property
+    def ranks(self) -> int:
+        return self.dp_replicate * self.dp_shard * self.cp
+
+
 class TrainerSpec(Section):
     """A gang of trainer pods: one Indexed Job an incarnation (epoch); all ranks restart together."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "!has(self.parallelism) || self.parallelism.dpReplicate * self.parallelism.dpShard * self.parallelism.cp == "
+                "self.nodes * (self.gpusPerNode == 0 ? 1 : self.gpusPerNode)",
+                "parallelism.dpReplicate * dpShard * cp must be the number of ranks, nodes * gpusPerNode (one a node without GPUs)",
+            ),
+        )
+    )
 
     image: Image | None = None
     """The operator's runtime image by default; any other must hold the weightsync package and tini."""
@@ -156,17 +161,38 @@ class TrainerSpec(Section):
     """Pods of the gang."""
     gpus_per_node: Annotated[int, Field(ge=0, le=16)] = 1
     """GPUs a pod. With more than one, PET_* variables are set and the command is torchrun's."""
+    parallelism: TrainerParallelism | None = later(None)
+    """Axes of the trainer's device mesh, given to every rank; the trainer's own affair by default."""
     restarts: Annotated[int, Field(ge=0, le=1000)] = 10
     """Failed incarnations before the resource is Failed; evictions and preemptions do not count."""
     pod_template: PodOverlay = Field(default_factory=dict)
     """A part of a PodTemplateSpec, merged over the rendered one as kubectl merges: lists by their keys, null deletes."""
 
+    @property
+    def ranks_a_pod(self) -> int:
+        """Processes of one pod: one a GPU, and one without."""
+        return max(1, self.gpus_per_node)
+
 
 class Parallelism(Section):
     """How one engine splits the model."""
 
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "self.ep == 1 || self.ep == self.tp * self.dp",
+                "ep shares the experts of a layer over all ranks of the engine: 1, or tp * dp",
+            ),
+        )
+    )
+
     tp: Annotated[int, Field(ge=1, le=16)] = 1
     """Tensor parallel size."""
+    dp: Annotated[int, Field(ge=1, le=16)] = later(1)
+    """Data parallel size: ranks that answer different requests behind one endpoint. All tp * dp ranks are one replica, in one pod:
+    they commit together. Of a dense model each holds its slice of a whole copy; more replicas do as well, and fail one by one."""
+    ep: Annotated[int, Field(ge=1, le=16)] = later(1)
+    """Ranks that share the experts of a layer, instead of a slice of each: 1, or tp * dp."""
 
 
 class InferenceSpec(Section):
@@ -174,7 +200,15 @@ class InferenceSpec(Section):
 
     model_config = ConfigDict(
         json_schema_extra=rules(
-            ("self.gpus == 0 || self.parallelism.tp <= self.gpus", "parallelism.tp needs that many gpus in the pod"),
+            (
+                "self.gpus == 0 || self.parallelism.tp * self.parallelism.dp <= self.gpus",
+                "parallelism.tp * dp needs that many gpus in the pod: an engine over several nodes is refused in v1alpha1",
+            ),
+            (
+                f"self.parallelism.dp == 1 || self.engineArgs.all(a, !a.matches('{DATA_PARALLEL_FLAGS}'))",
+                "parallelism.dp starts all ranks of an engine behind one API server: leave out of engineArgs --data-parallel-*, "
+                "--api-server-count and --headless",
+            ),
         )
     )
 
@@ -186,6 +220,10 @@ class InferenceSpec(Section):
     """GPUs an engine."""
     parallelism: Parallelism = Parallelism()
     """How one engine splits the model."""
+    quantization: Literal["none", "fp8"] | None = later(None)
+    """What the checkpoint must be: none is plain weights, fp8 a serialized FP8 checkpoint with blocks of 128 x 128, which the
+    preflight holds the model to. Plain by default. Online schemes are refused: their weights are in no form that a push could
+    write."""
     engine_args: Annotated[
         tuple[Annotated[str, Field(max_length=1024)], ...],
         Field(
@@ -217,6 +255,10 @@ class TransferSpec(Section):
                 "self.staging != 'none' || !has(self.stagingBudgetGiB)",
                 "stagingBudgetGiB bounds a staging buffer, and staging is none",
             ),
+            (
+                "self.commit == 'staged' || !has(self.arenaBudgetGiB)",
+                "arenaBudgetGiB needs commit: staged; in place, all weights are converted before the first byte leaves",
+            ),
         )
     )
 
@@ -232,6 +274,9 @@ class TransferSpec(Section):
     staging_budget_gib: int | None = Field(default=None, ge=1, le=1024, alias="stagingBudgetGiB")
     """GiB of staging that a rank may take; an engine whose weights need more does not start, and says how much. No bound by
     default."""
+    arena_budget_gib: Annotated[int, Field(ge=1, le=1024)] | None = later(None, alias="arenaBudgetGiB")
+    """GiB that converted weights may take in a trainer rank, which then sends them through a ring of arenas and keeps none: late
+    engines are caught up by their peers. All of them at once by default, kept for late engines."""
     quorum: Annotated[int, Field(ge=1, le=500)] | None = None
     """Replicas that must hold a version for it to be committed; the others are fenced and caught up later. All live ones by
     default."""
@@ -248,6 +293,15 @@ class TransferSpec(Section):
     """Versions that an engine may be behind and still serve."""
 
 
+class TelemetrySpec(Section):
+    """What trainer ranks show of their pushes besides the ledger (docs/operations.md). A change restarts the pods."""
+
+    metrics_port: Annotated[int, Field(ge=1024, le=65535)] | None = None
+    """Each trainer rank serves Prometheus metrics at this port plus its local rank: container ports `metrics`, `metrics-1`, ..."""
+    trace_folder: AbsolutePath | None = None
+    """Folder in the first trainer pod, on /tmp or a volume of podTemplate, for a trace of each push; the last 32 are kept."""
+
+
 class WeightSyncSpec(Section):
     """A trainer, a fleet of engines, and how weights get from one to the other."""
 
@@ -257,6 +311,26 @@ class WeightSyncSpec(Section):
                 "!has(self.transfer.quorum) || self.inference.replicas == 0 || "
                 "self.transfer.quorum <= self.inference.replicas",
                 "transfer.quorum counts replicas: it needs that many of them",
+            ),
+            (
+                "!has(self.inference.quantization) || self.transfer.format == 'auto' || "
+                "(self.inference.quantization == 'fp8') == self.transfer.format.startsWith('fp8')",
+                "transfer.format is not what engines of this inference.quantization want: leave it auto",
+            ),
+            (
+                "!has(self.telemetry) || !has(self.telemetry.metricsPort) || "
+                f"self.telemetry.metricsPort + {_RANKS_A_POD} <= 65536",
+                "telemetry.metricsPort plus trainer.gpusPerNode is beyond port 65535: choose a lower one",
+            ),
+            (
+                "!has(self.telemetry) || !has(self.telemetry.metricsPort) || "
+                f"self.telemetry.metricsPort > {TRAINER_PORT} || "
+                f"self.telemetry.metricsPort + {_RANKS_A_POD} <= {TRAINER_PORT}",
+                f"a rank's metrics would be served at {TRAINER_PORT}, where the gang meets (MASTER_PORT): choose another port",
+            ),
+            (
+                "self.deletionPolicy == 'Delete' || has(self.redis.external)",
+                "deletionPolicy Retain is for redis.external: a managed Redis goes with its resource",
             ),
         )
     )
@@ -275,5 +349,10 @@ class WeightSyncSpec(Section):
     """The fleet that serves."""
     transfer: TransferSpec = TransferSpec()
     """The push."""
+    telemetry: TelemetrySpec | None = later(None)
+    """Metrics and traces of the trainer; none by default. Engines have metrics always."""
     suspend: bool = False
     """True takes trainer and engines away; Redis and ModelExpress stay, and the next start is a new epoch."""
+    deletion_policy: Literal["Delete", "Retain"] = later("Delete")
+    """What becomes of the resource's keys in an external Redis when it is deleted. Delete: the resource stays, with a finalizer,
+    until its pods are gone and its keys are deleted, for three minutes at most. Retain: it goes at once and leaves them."""

@@ -58,6 +58,8 @@ class LastPush(Section):
     """The trainer's incarnation."""
     step: int = 0
     """The trainer's own label."""
+    source: Annotated[str, Field(max_length=63)] = ""
+    """The engine from whose memory another one was repaired; empty when the trainer pushed."""
     outcome: Annotated[str, Field(max_length=16)] = ""
     """COMMIT or ABORT."""
     reason: Text = ""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Iterable
 
 from weightsync.wire import Decision, PushSummary
 from weightsync_operator.api.names import Component, Condition, Reason, TrainerState
-from weightsync_operator.api.status import ConditionStatus, TrainerStatus
+from weightsync_operator.api.status import ConditionStatus, TrainerStatus, WeightSyncStatus
 from weightsync_operator.plan.admit import Admission
 from weightsync_operator.plan.fleet import Fleet, named
 from weightsync_operator.plan.observed import Seen, timestamp
@@ -15,6 +16,18 @@ from weightsync_operator.plan.rollout import Rollout
 
 _HELPERS = frozenset({"self", "cuda_copy", "cuda_ipc"})
 """Transports that stage bytes on the way to the wire and may stand beside any fabric."""
+
+
+class Door(enum.Enum):
+    """Who may call ModelExpress."""
+
+    MEMBERS = enum.auto()
+    """Its resource's members, by their tokens."""
+    MEMBERS_LATER = enum.auto()
+    """The same, once the children are rendered anew."""
+    OPEN = enum.auto()
+    EXTERNAL = enum.auto()
+    """Somebody else's server: not known here."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +44,9 @@ class Facts:
     suspend: bool
     transports: tuple[str, ...]
     update_pending: bool
+    door: Door
+    missing_secret: str
+    """Which Secret of Redis (its password, its TLS) cannot be read, and why; empty when all were."""
 
     @property
     def last_push(self) -> PushSummary | None:
@@ -61,6 +77,7 @@ def conditions(facts: Facts, before: Iterable[ConditionStatus], generation: int)
         Condition.DEGRADED: _degraded(facts),
         Condition.SYNCED: _synced(facts),
         Condition.TRANSPORT_VERIFIED: _transport_verified(facts),
+        Condition.SECURITY_ENFORCED: _security_enforced(facts),
         Condition.LEDGER_REACHABLE: _ledger_reachable(facts),
         Condition.UPDATE_PENDING: _update_pending(facts),
         Condition.SUSPENDED: _suspended(facts),
@@ -69,6 +86,16 @@ def conditions(facts: Facts, before: Iterable[ConditionStatus], generation: int)
     }
     ours = tuple(_dated(type_, v, known.get(type_), generation, facts.seen.now) for type_, v in verdicts.items())
     return (*ours, *(condition for type_, condition in known.items() if type_ not in verdicts))
+
+
+def with_verdict(
+    before: WeightSyncStatus, type_: Condition, verdict: Verdict, *, generation: int, now: float
+) -> WeightSyncStatus:
+    """The status with one condition replaced."""
+    known = next((condition for condition in before.conditions if condition.type == type_), None)
+    ours = _dated(type_, verdict, known, generation, now)
+    others = tuple(condition for condition in before.conditions if condition.type != type_)
+    return before.model_copy(update={"observed_generation": generation, "conditions": (ours, *others)})
 
 
 def _dated(
@@ -112,7 +139,7 @@ def _progressing(facts: Facts) -> Verdict:
         return Verdict(
             True,
             rollout.blocked,
-            f"no trainer runs that could bring successors up to date of {named(rollout.outdated)}",
+            f"neither a trainer nor a peer would be left to bring successors up to date of {named(rollout.outdated)}",
         )
     if rollout.outdated:
         return Verdict(True, Reason.ROLLING_OUT, f"still to be replaced: {named(rollout.outdated)}")
@@ -142,7 +169,9 @@ def _degraded(facts: Facts) -> Verdict:
         return Verdict(True, Reason.RESTART_BUDGET_SPENT, gang.reason)
     if dirty:
         return Verdict(
-            True, Reason.ENGINES_DIRTY, f"hold torn weights and serve nothing until the next push: {named(dirty)}"
+            True,
+            Reason.ENGINES_DIRTY,
+            f"hold torn weights and serve nothing until a push or a peer repairs them: {named(dirty)}",
         )
     if facts.aborted_push is not None:
         return Verdict(True, Reason.PUSH_ABORTED, _abort_message(facts.aborted_push))
@@ -168,9 +197,10 @@ def _synced(facts: Facts) -> Verdict:
     behind = len(fleet.replicas) - fleet.numbers().current + max(0, fleet.wanted - len(fleet.replicas))
     message = f"{behind} of {fleet.wanted} engines do not hold version {fleet.committed}: {named(fleet.laggards)}"
     if facts.gang.state in (TrainerState.COMPLETE, TrainerState.FAILED) and fleet.committed > 0:
-        return Verdict(
-            False, Reason.NO_SOURCE, f"{message}; the trainer is {facts.gang.state.value} and no one else has it"
-        )
+        ended = f"{message}; the trainer is {facts.gang.state.value}"
+        if not fleet.lenders:
+            return Verdict(False, Reason.NO_SOURCE, f"{ended} and no one else has it")
+        return Verdict(False, Reason.BEHIND, f"{ended}, peers that have it: {named(tuple(sorted(fleet.lenders)))}")
     return Verdict(False, Reason.BEHIND, message)
 
 
@@ -192,10 +222,40 @@ def _transport_verified(facts: Facts) -> Verdict:
     return Verdict(True, Reason.EXPECTED_TRANSPORT, f"used {', '.join(sorted(used))}")
 
 
+def _security_enforced(facts: Facts) -> Verdict:
+    open_door = "ModelExpress admits every pod that reaches it"
+    match facts.door:
+        case Door.MEMBERS:
+            return Verdict(True, Reason.ENFORCED, "ModelExpress admits the account of this resource's pods alone")
+        case Door.MEMBERS_LATER if not facts.in_force:
+            return Verdict(None, Reason.NOT_STARTED)
+        case Door.MEMBERS_LATER:
+            words = (
+                "it was made before this operator could let it check tokens; the next change of the spec takes that in"
+            )
+            return Verdict(False, Reason.NOT_ENFORCED, f"{open_door}: {words}")
+        case Door.EXTERNAL:
+            return Verdict(False, Reason.NOT_ENFORCED, "the external ModelExpress decides itself whom it admits")
+    if facts.seen.cluster_wide:
+        words = "the chart was installed with tokenReview.create false, so that it may not check service-account tokens"
+        return Verdict(False, Reason.NOT_ENFORCED, f"{open_door}: {words}")
+    return Verdict(
+        False,
+        Reason.NAMESPACED_OPERATOR,
+        f"{open_door}: checking service-account tokens takes a ClusterRoleBinding to system:auth-delegator, and this operator"
+        " has a Role only: an administrator makes one and sets tokenReview.granted (docs/security.md); fabric auto, which reads"
+        " nodes, is not available either",
+    )
+
+
 def _ledger_reachable(facts: Facts) -> Verdict:
     ledger = facts.seen.ledger
     if ledger is None:
-        return Verdict(None, Reason.NOT_READ_YET)
+        return (
+            Verdict(False, Reason.SECRET_MISSING, facts.missing_secret)
+            if facts.missing_secret
+            else Verdict(None, Reason.NOT_READ_YET)
+        )
     if ledger.error:
         return Verdict(False, Reason.UNREACHABLE, ledger.error)
     return Verdict(True, Reason.REACHABLE)

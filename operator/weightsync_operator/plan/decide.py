@@ -11,17 +11,19 @@ from weightsync_operator.plan import prune
 from weightsync_operator.plan.actions import Action, Apply
 from weightsync_operator.plan.admit import Admission, step_admission
 from weightsync_operator.plan.build.context import Context, Manifest, selector_labels
-from weightsync_operator.plan.conditions import Facts, conditions
+from weightsync_operator.plan.conditions import Door, Facts, conditions
 from weightsync_operator.plan.drift import needs_apply
 from weightsync_operator.plan.errors import SpecError
-from weightsync_operator.plan.fabric import PROFILES
 from weightsync_operator.plan.fleet import observe_fleet
 from weightsync_operator.plan.gang import GangStep, GangWish, step_gang
 from weightsync_operator.plan.observed import Seen, is_available, timestamp
-from weightsync_operator.plan.render import Render, engines_at, preflight_pod, revision_object, stamped
+from weightsync_operator.plan.render import Render, base_at, engines_at, preflight_pod, revision_object, stamped
 from weightsync_operator.plan.rollout import Rollout, step_rollout
+from weightsync_operator.plan.unread import keep_unread
 
 NAME_TAKEN_LOOK_AGAIN_S = 5.0
+SECRET_LOOK_AGAIN_S = 15.0
+"""Secrets are not watched."""
 EVICTION_LOOK_AGAIN_S = 5.0
 
 
@@ -30,7 +32,10 @@ class Wanted:
     """What the spec asks for, as this operator renders it, and what is in force."""
 
     ctx: Context
-    secret: Manifest
+    secret: Manifest | None
+    """None while `missing_secret`: what was applied last is left as it is."""
+    certificate: str = ""
+    """Fingerprint of the managed Redis's certificate: the Secret's or, while that names none, the one that its pods have."""
     revision: str
     """Hash of the spec as it stands."""
     fresh: Render | SpecError
@@ -40,6 +45,11 @@ class Wanted:
     in_force: Render | None = None
     """The render that was admitted last, from its ControllerRevision."""
     in_force_revision: str = ""
+    missing_secret: SpecError | None = None
+    """Which Secret of Redis (its password, its TLS) cannot be read, and why.
+
+    Without it nothing new comes into force; what is, is kept up.
+    """
 
     @property
     def rendered(self) -> Render | SpecError:
@@ -69,19 +79,33 @@ def decide(wanted: Wanted, seen: Seen) -> Step:
         actions = (*_upkeep(wanted, wanted.in_force, seen), *gang.actions, *rollout.evictions)
     actions = (*admission.actions, *actions, *_prune(wanted, admission, seen))
     status = _status(wanted, before, seen, admission, gang.status, rollout)
+    if seen.ledger is None and wanted.missing_secret is None:  # else nobody will read it soon
+        status = keep_unread(before, status)
     looks = [admission.look_again_s, gang.look_again_s]
     looks.append(EVICTION_LOOK_AGAIN_S if rollout.evictions else None)
     looks.append(NAME_TAKEN_LOOK_AGAIN_S if seen.taken else None)
+    looks.append(SECRET_LOOK_AGAIN_S if wanted.missing_secret is not None else None)
     return Step(actions=actions, status=status, look_again_s=min((s for s in looks if s is not None), default=None))
 
 
 def _admit(wanted: Wanted, before: WeightSyncStatus, seen: Seen) -> Admission:
+    if wanted.missing_secret is not None:
+        return Admission(reason=Reason.SECRET_MISSING, message=_without_secret(wanted), preflight=before.preflight)
     if isinstance(wanted.rendered, SpecError):
         return Admission(reason=Reason.SPEC_INVALID, message=str(wanted.rendered), preflight=before.preflight)
     if wanted.in_force is not None and wanted.in_force_revision == wanted.revision:
         return Admission(admitted=True, preflight=before.preflight)
     pod = preflight_pod(wanted.ctx, wanted.rendered)
     return step_admission(wanted.revision, wanted.rendered, pod, before.preflight, seen)
+
+
+def _without_secret(wanted: Wanted) -> str:
+    if wanted.in_force is None:
+        return f"{wanted.missing_secret}; nothing is made before"
+    return (
+        f"{wanted.missing_secret}; until then pods that run go on and none starts, and of the spec only suspend, replicas and "
+        "restarts take effect"
+    )
 
 
 def _put_in_force(wanted: Wanted, before: WeightSyncStatus, seen: Seen, admission: Admission) -> Step:
@@ -99,8 +123,9 @@ def _put_in_force(wanted: Wanted, before: WeightSyncStatus, seen: Seen, admissio
 def _upkeep(wanted: Wanted, render: Render, seen: Seen) -> tuple[Action, ...]:
     """Whatever of the stored render is missing or was changed."""
     replicas = 0 if wanted.ctx.spec.suspend else wanted.ctx.spec.inference.replicas
-    account, *rest = render.base
-    manifests = [stamped(m) for m in (account, wanted.secret, *rest, engines_at(render, replicas))]
+    account, *rest = base_at(render, wanted.certificate)
+    secrets = () if wanted.secret is None else (wanted.secret,)
+    manifests = [stamped(m) for m in (account, *secrets, *rest, engines_at(render, replicas))]
     return tuple(
         Apply(manifest=manifest)
         for manifest in manifests
@@ -109,8 +134,9 @@ def _upkeep(wanted: Wanted, render: Render, seen: Seen) -> tuple[Action, ...]:
 
 
 def _step_gang(wanted: Wanted, render: Render, before: TrainerStatus, seen: Seen) -> GangStep:
-    spec, name = wanted.ctx.spec, wanted.ctx.owner.name
-    waiting = [part for part in (f"{name}-redis", f"{name}-mx") if not is_available(seen.child("Deployment", part))]
+    spec = wanted.ctx.spec
+    ours = render.names("Deployment")
+    waiting = [part for part in ours if not is_available(seen.child("Deployment", part))]
     wish = GangWish(
         template=render.trainer,
         spec_hash=render.trainer_hash,
@@ -130,7 +156,8 @@ def _step_rollout(wanted: Wanted, render: Render, gang: TrainerStatus, seen: See
         seen,
         max_unavailable=wanted.ctx.spec.inference.max_unavailable,
         session=render.session,
-        has_source=gang.state is TrainerState.RUNNING,
+        trainer_runs=gang.state is TrainerState.RUNNING,
+        lenders=observe_fleet(seen, wanted.ctx.spec.inference.replicas).lenders,
     )
 
 
@@ -143,6 +170,8 @@ def _prune(wanted: Wanted, admission: Admission, seen: Seen) -> tuple[Action, ..
     stale = list(prune.stale_preflights(seen, waited_for))
     if wanted.in_force is not None:
         stale += prune.stale_contracts(seen, wanted.in_force.contract_name)
+        stale += prune.stale_claim_templates(seen, wanted.in_force.names("ResourceClaimTemplate"))
+        stale += prune.stale_policies(seen, wanted.in_force.names("NetworkPolicy"))
         stale += prune.stale_revisions(seen, wanted.in_force_revision)
     return tuple(stale)
 
@@ -153,7 +182,7 @@ def _status(
     spec, render, owner = wanted.ctx.spec, wanted.in_force, wanted.ctx.owner
     generation = seen.resource["metadata"]["generation"]
     fleet = observe_fleet(seen, 0 if spec.suspend else spec.inference.replicas)
-    profile = PROFILES[spec.fabric.profile if render is None else render.profile]
+    fabric, transports = _fabric(wanted)
     facts = Facts(
         seen=seen,
         admission=admission,
@@ -162,8 +191,10 @@ def _status(
         fleet=fleet,
         rollout=rollout,
         suspend=spec.suspend,
-        transports=profile.transports if render is None else render.transports,
+        transports=transports,
         update_pending=_update_pending(wanted),
+        door=_door(wanted),
+        missing_secret="" if wanted.missing_secret is None else str(wanted.missing_secret),
     )
     return WeightSyncStatus(
         observed_generation=generation,
@@ -176,9 +207,29 @@ def _status(
         selector=",".join(f"{k}={v}" for k, v in selector_labels(owner.name, Component.INFERENCE).items()),
         replicas=fleet.shown(),
         trainer=gang,
-        fabric=FabricStatus(profile=profile.name, reason=profile.reason),
+        fabric=fabric,
         preflight=admission.preflight,
     )
+
+
+def _fabric(wanted: Wanted) -> tuple[FabricStatus, tuple[str, ...]]:
+    """The fabric in force, or the one that will be, and the transports that it should show."""
+    render, chosen = wanted.in_force, wanted.ctx.chosen
+    if render is not None:
+        return FabricStatus(profile=render.profile, reason=render.fabric_reason), render.transports
+    if isinstance(chosen, SpecError):
+        return FabricStatus(reason=chosen.message), ()
+    profile = wanted.ctx.profile
+    reason = profile.reason if chosen is None else chosen.reason
+    return FabricStatus(profile=profile.name, reason=reason), profile.transports
+
+
+def _door(wanted: Wanted) -> Door:
+    if wanted.ctx.spec.model_express.external is not None:
+        return Door.EXTERNAL
+    if wanted.in_force is not None and wanted.in_force.enforces:
+        return Door.MEMBERS
+    return Door.MEMBERS_LATER if wanted.ctx.enforces else Door.OPEN
 
 
 def _update_pending(wanted: Wanted) -> bool:
@@ -207,6 +258,7 @@ def _shown_push(push: PushSummary) -> LastPush:
         version=push.version,
         epoch=push.epoch,
         step=push.step,
+        source=push.source[:63],
         outcome=push.outcome[:16],
         reason=push.reason[:1024],
         seconds=round(push.seconds, 4),

@@ -6,23 +6,16 @@ neither are fields that others added.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from decimal import Decimal
 from typing import Any
 
 from weightsync_operator.api.names import ANNOTATION_RENDER
 from weightsync_operator.plan.overlay import MERGE_KEYS
+from weightsync_operator.plan.quantities import exact
 
 _KEYED = {**MERGE_KEYS, "ownerReferences": ("uid",), "ports": ("containerPort", "port", "protocol")}
 """As for an overlay; a Service's ports are keyed by `port`."""
 _IDENTITY_DEFAULTS = {"protocol": "TCP"}
-_QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?)(m|k|M|G|T|Ki|Mi|Gi|Ti)?")
-_SCALE = {
-    "m": Decimal("0.001"), "": Decimal(1),
-    "k": Decimal(10) ** 3, "M": Decimal(10) ** 6, "G": Decimal(10) ** 9, "T": Decimal(10) ** 12,
-    "Ki": Decimal(2) ** 10, "Mi": Decimal(2) ** 20, "Gi": Decimal(2) ** 30, "Ti": Decimal(2) ** 40,
-}  # fmt: skip
 
 
 def needs_apply(wanted: Mapping[str, Any], live: Mapping[str, Any] | None) -> bool:
@@ -58,11 +51,5 @@ def _identity(member: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[Any, ..
 
 
 def _same_quantity(wanted: Any, live: Any) -> bool:
-    mine, theirs = _QUANTITY.fullmatch(str(wanted)), _QUANTITY.fullmatch(str(live))
-    if mine is None or theirs is None or isinstance(wanted, bool) or isinstance(live, bool):
-        return False
-    return _value(mine) == _value(theirs)
-
-
-def _value(match: re.Match[str]) -> Decimal:
-    return Decimal(match[1]) * _SCALE[match[2] or ""]
+    mine, theirs = exact(wanted), exact(live)
+    return mine is not None and mine == theirs

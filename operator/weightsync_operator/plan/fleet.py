@@ -7,7 +7,8 @@ import dataclasses
 from weightsync.wire import ReplicaState, ReplicaStatus
 from weightsync_operator.api.names import Component
 from weightsync_operator.api.status import REPLICAS_SHOWN, InferenceStatus, ReplicaView
-from weightsync_operator.plan.observed import LedgerView, Seen, is_ready
+from weightsync_operator.plan.build.context import Manifest
+from weightsync_operator.plan.observed import LedgerView, Seen, is_deleting, is_ready
 
 STARTING = "STARTING"
 LOST = "LOST"
@@ -23,6 +24,8 @@ class Fleet:
     replicas: tuple[ReplicaView, ...] = ()
     """Laggards first."""
     ready: int = 0
+    lenders: frozenset[str] = frozenset()
+    """Engines from whose memory others can be brought up to date, with no trainer."""
 
     @property
     def laggards(self) -> tuple[str, ...]:
@@ -53,9 +56,20 @@ def observe_fleet(seen: Seen, wanted: int) -> Fleet:
     ledger = seen.ledger or LedgerView(session="")
     records = {record.name: record for record in ledger.replicas}
     views = [_view(pod["metadata"]["name"], records, ledger) for pod in pods]
-    fleet = Fleet(wanted=wanted, committed=ledger.version, ready=sum(is_ready(pod) for pod in pods))
+    fleet = Fleet(
+        wanted=wanted,
+        committed=ledger.version,
+        ready=sum(is_ready(pod) for pod in pods),
+        lenders=_lenders(pods, records, ledger),
+    )
     views.sort(key=lambda view: (fleet._is_current(view), -1 if view.version is None else view.version, view.name))
     return dataclasses.replace(fleet, replicas=tuple(views))
+
+
+def _lenders(pods: list[Manifest], records: dict[str, ReplicaStatus], ledger: LedgerView) -> frozenset[str]:
+    names = {pod["metadata"]["name"] for pod in pods if not is_deleting(pod)} & records.keys() & ledger.live
+    held = {name for name in names if records[name].lends and records[name].version >= ledger.version}
+    return frozenset(name for name in held if records[name].state == ReplicaState.CLEAN)
 
 
 def _view(name: str, records: dict[str, ReplicaStatus], ledger: LedgerView) -> ReplicaView:

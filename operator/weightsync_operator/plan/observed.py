@@ -56,6 +56,8 @@ class Seen:
     """UIDs of Jobs that lost a pod to an eviction, a preemption or a drain."""
     mount_faults: tuple[str, ...] = ()
     """The kubelet's words about volumes of the preflight pod."""
+    cluster_wide: bool = True
+    """False where the operator has the rights of a Role only."""
     refused: str = ""
     """What the API server refused in the last pass; empty when it took everything."""
     now: float
@@ -74,10 +76,36 @@ class Seen:
         return sorted(found, key=lambda child: child["metadata"]["name"])
 
 
+def belongs_to(child: Manifest, uid: str) -> bool:
+    """True when the resource `uid` controls the child, or it is a trainer's or engine's pod with the resource's labels.
+
+    Those belong to their Job or set; also one whose owner is gone must be waited for.
+    """
+    references = child["metadata"].get("ownerReferences") or []
+    controller = next((reference["uid"] for reference in references if reference.get("controller")), None)
+    component = child["metadata"].get("labels", {}).get(LABEL_COMPONENT)
+    return controller == uid or (child["kind"] == "Pod" and component in (Component.TRAINER, Component.INFERENCE))
+
+
 def condition(child: Manifest, type_: str) -> bool:
     """True when the child's status has this condition with status True."""
     conditions = child.get("status", {}).get("conditions") or []
     return any(entry["type"] == type_ and entry["status"] == "True" for entry in conditions)
+
+
+def disrupted_job(pod: Manifest) -> str | None:
+    """UID of the trainer's Job if this pod of it is being evicted, preempted or drained."""
+    labels = pod["metadata"].get("labels", {})
+    if labels.get(LABEL_COMPONENT) != Component.TRAINER or not condition(pod, "DisruptionTarget"):
+        return None
+    owners = pod["metadata"].get("ownerReferences") or []
+    return next((owner["uid"] for owner in owners if owner["kind"] == "Job"), None)
+
+
+def disrupted_jobs(children: Mapping[ChildKey, Manifest]) -> set[str]:
+    """UIDs of the Jobs of which a pod among these is being evicted, preempted or drained."""
+    pods = (child for (kind, _), child in children.items() if kind == "Pod")
+    return {uid for uid in map(disrupted_job, pods) if uid is not None}
 
 
 def is_deleting(child: Manifest) -> bool:

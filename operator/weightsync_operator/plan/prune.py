@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from weightsync_operator.api.names import Component
 from weightsync_operator.plan.actions import Delete
@@ -19,6 +19,24 @@ def stale_contracts(seen: Seen, contract_name: str) -> Iterator[Delete]:
     for config_map in seen.of_kind("ConfigMap", Component.CONTRACT):
         if config_map["metadata"]["name"] not in {contract_name, *mounted}:
             yield _delete(config_map)
+
+
+def stale_claim_templates(seen: Seen, names: Collection[str]) -> Iterator[Delete]:
+    """ResourceClaimTemplates of older specs, once no pod was made by them."""
+    pods = [*seen.of_kind("Pod", Component.TRAINER), *seen.of_kind("Pod", Component.INFERENCE)]
+    used = {c.get("resourceClaimTemplateName") for pod in pods for c in pod["spec"].get("resourceClaims") or []}
+    for component in (Component.TRAINER, Component.INFERENCE):
+        for template in seen.of_kind("ResourceClaimTemplate", component):
+            if template["metadata"]["name"] not in {*names, *used}:
+                yield _delete(template)
+
+
+def stale_policies(seen: Seen, names: Collection[str]) -> Iterator[Delete]:
+    """NetworkPolicies that the render in force does not have: going back to an older one must not leave a newer one's walls."""
+    for component in Component:
+        for policy in seen.of_kind("NetworkPolicy", component):
+            if policy["metadata"]["name"] not in names and not is_deleting(policy):
+                yield _delete(policy)
 
 
 def stale_revisions(seen: Seen, in_force: str) -> Iterator[Delete]:

@@ -5,16 +5,26 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
+from typing import Any
+from urllib.parse import quote
 
 from weightsync_operator.api.names import Component
+from weightsync_operator.api.rendezvous import ExternalRedis, RedisSpec, SecretKey
+from weightsync_operator.api.spec import WeightSyncSpec
 from weightsync_operator.plan.build.context import (
     REDIS_PORT,
     Manifest,
     Owner,
     owner_reference,
     selector_labels,
+    split_address,
 )
+from weightsync_operator.plan.errors import SpecError
 from weightsync_operator.plan.hashing import derive_password, digest
+
+PASSWORD_FIELD = "spec.redis.external.secretRef"
+EXTERNAL_CA_FIELD = "spec.redis.external.tls.caSecretRef"
+MANAGED_TLS_FIELD = "spec.redis.tls.secretRef"
 
 OPERATOR_USER = "operator"
 RUNTIME_USER = "runtime"
@@ -37,6 +47,17 @@ class Passwords:
         return digest(dataclasses.astuple(self), 16)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Credentials:
+    """What the operator derives and reads to make a resource's children, and to reach its Redis itself."""
+
+    passwords: Passwords
+    ca: str | None = None
+    """PEM of whom it trusts to have signed the certificate of a Redis that speaks TLS; None for those that its image knows."""
+    certificate: str = ""
+    """Fingerprint of what a managed Redis proves itself with; empty when it speaks no TLS."""
+
+
 def derive_passwords(operator_key: bytes, uid: str) -> Passwords:
     """All passwords of the resource `uid`."""
     return Passwords(
@@ -47,29 +68,80 @@ def derive_passwords(operator_key: bytes, uid: str) -> Passwords:
     )
 
 
-def secret(owner: Owner, passwords: Passwords) -> Manifest:
-    """The Secret <name>-auth. It is built afresh each time and never stored in a ControllerRevision."""
-    redis = f"{owner.name}-redis:{REDIS_PORT}"
+def external_passwords(derived: Passwords, password: str) -> Passwords:
+    """All users of an external Redis are one; a changed password changes the fingerprint, and so reaches the pods."""
+    return dataclasses.replace(derived, runtime=password, model_express=password, operator=password)
+
+
+def external_access(external: ExternalRedis) -> dict[str, Any]:
+    """Host, port, username and database of an external Redis, and whether it speaks TLS."""
+    host, port = split_address(external.address)
+    user = {"username": external.username, "database": external.database}
+    return {"host": host, "port": port, **user, "tls": external.tls is not None}
+
+
+def certificate_fingerprint(found: Manifest | None, name: str) -> str:
+    """Tells one key pair of the managed Redis from another. Raises SpecError if the Secret `found` holds none."""
+    pair = SecretKey(name=name, key="tls.crt"), SecretKey(name=name, key="tls.key")
+    return digest([secret_value(found, reference, MANAGED_TLS_FIELD) for reference in pair], 16)
+
+
+def secret_value(found: Manifest | None, reference: SecretKey, field: str) -> str:
+    """What the Secret `found` holds at the key of `reference`, which is at `field`. Raises SpecError if it is not there."""
+    if found is None:
+        raise SpecError(field, f"Secret {reference.name} is not in this namespace: create it, with key {reference.key}")
+    encoded = (found.get("data") or {}).get(reference.key)
+    if encoded is None:
+        raise SpecError(
+            field, f"Secret {reference.name} has no key {reference.key}: add it, or name another in secretRef"
+        )
+    try:
+        return base64.b64decode(encoded).decode().strip()  # as the runtime reads it: files end with a newline
+    except UnicodeDecodeError as error:
+        raise SpecError(field, f"key {reference.key} of Secret {reference.name} is no text") from error
+
+
+def secret_name(resource: str) -> str:
+    """Of the Secret that the operator makes for a resource."""
+    return f"{resource}-auth"
+
+
+def secret(owner: Owner, passwords: Passwords, spec: WeightSyncSpec) -> Manifest:
+    """The Secret <name>-auth. It is built afresh each time and never stored in a ControllerRevision.
+
+    The password of an external Redis stays in the user's own Secret, which pods mount; a managed ModelExpress takes it in an URL.
+    """
+    data, external = {"endpoint-token": passwords.endpoint_token}, spec.redis.external
+    if external is None:
+        data |= {"redis-password": passwords.runtime, "users.acl": access_list(passwords)}
+    if spec.model_express.external is None:
+        data["mx-redis-url"] = _redis_url(owner, passwords.model_express, spec.redis)
     return {
         "apiVersion": "v1",
         "kind": "Secret",
         "metadata": {
-            "name": f"{owner.name}-auth",
+            "name": secret_name(owner.name),
             "namespace": owner.namespace,
             "labels": selector_labels(owner.name, Component.AUTH),
             "ownerReferences": [owner_reference(owner)],
         },
         "type": "Opaque",
-        "data": {
-            key: _base64(value)
-            for key, value in {
-                "redis-password": passwords.runtime,
-                "endpoint-token": passwords.endpoint_token,
-                "mx-redis-url": f"redis://{MODEL_EXPRESS_USER}:{passwords.model_express}@{redis}",
-                "users.acl": access_list(passwords),
-            }.items()
-        },
+        "data": {key: _base64(value) for key, value in data.items()},
     }
+
+
+def _redis_url(owner: Owner, password: str, redis: RedisSpec) -> str:
+    """User and password escaped: a slash or an at sign in one would end the URL's authority.
+
+    Plain also where Redis speaks TLS: ModelExpress cannot, and asks the forwarder in its own pod.
+    """
+    external, forwarder = redis.external, f"127.0.0.1:{REDIS_PORT}"
+    if external is None:
+        address = forwarder if redis.speaks_tls else f"{owner.name}-redis:{REDIS_PORT}"
+        return f"redis://{MODEL_EXPRESS_USER}:{password}@{address}"
+    user, address = quote(external.username or "", safe=""), forwarder if redis.speaks_tls else external.address
+    url = f"redis://{user}:{quote(password, safe='')}@{address}"
+    return f"{url}/{external.database}" if external.database else url
 
 
 def access_list(passwords: Passwords) -> str:

@@ -15,7 +15,8 @@ from weightsync_operator.api.names import (
     Component,
 )
 from weightsync_operator.api.spec import WeightSyncSpec
-from weightsync_operator.plan.fabric import PROFILES, FabricProfile
+from weightsync_operator.plan.errors import SpecError
+from weightsync_operator.plan.fabric import PROFILES, FabricChoice, FabricProfile, Memlock
 from weightsync_operator.plan.hashing import digest
 
 Manifest = dict[str, Any]
@@ -24,7 +25,8 @@ INFERENCE_PORT = 8000
 REDIS_PORT = 6379
 MODEL_EXPRESS_PORT = 8001
 MODEL_EXPRESS_METRICS_PORT = 9401
-TRAINER_PORT = 29500
+MODEL_EXPRESS_AUDIENCE = "modelexpress"
+"""Of the tokens that members show to ModelExpress; the API server itself takes none of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,8 @@ class Defaults:
     redis_image: str
     model_express_image: str
     pull_policy: str
+    token_review: bool = False
+    """Whether service accounts may ask the API server whose a token is: then ModelExpress admits members of its resource alone."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,10 +59,20 @@ class Context:
     defaults: Defaults
     auth: str
     """Fingerprint of the passwords, never the passwords."""
+    chosen: FabricChoice | SpecError | None = None
+    """What `auto` became, or why it became nothing; None when the spec names a profile."""
 
     @property
     def profile(self) -> FabricProfile:
-        return PROFILES[self.spec.fabric.profile]
+        """The profile in force. Raises SpecError while `auto` is undecided."""
+        if isinstance(self.chosen, SpecError):
+            raise self.chosen
+        return PROFILES[self.spec.fabric.profile if self.chosen is None else self.chosen.profile]
+
+    @property
+    def memlock(self) -> Memlock:
+        wanted = self.spec.fabric.memlock
+        return self.profile.memlock if wanted is None else Memlock(wanted)
 
     @property
     def model_name(self) -> str:
@@ -80,7 +94,12 @@ class Context:
             "parallelism": spec.inference.parallelism.model_dump(mode="json"),
             "trainer": [spec.trainer.nodes, spec.trainer.gpus_per_node],
         }
-        return f"{self.owner.uid.replace('-', '')[:12]}-{digest(identity, 8)}"
+        # Fields that came after the first release, each only when it is set.
+        if spec.trainer.parallelism is not None:
+            identity["mesh"] = spec.trainer.parallelism.model_dump(mode="json")
+        if spec.inference.quantization is not None:
+            identity["quantization"] = spec.inference.quantization
+        return f"{session_prefix(self.owner.uid)}{digest(identity, 8)}"
 
     @property
     def trainer_image(self) -> str:
@@ -89,6 +108,32 @@ class Context:
     @property
     def inference_image(self) -> str:
         return self.spec.inference.image or self.defaults.runtime_image
+
+    @property
+    def redis_address(self) -> tuple[str, int]:
+        """Host and port of the ledger, as pods of the namespace reach it."""
+        external = self.spec.redis.external
+        return (self.child("redis"), REDIS_PORT) if external is None else split_address(external.address)
+
+    @property
+    def model_express_address(self) -> str:
+        """host:port"""
+        external = self.spec.model_express.external
+        return f"{self.child('mx')}:{MODEL_EXPRESS_PORT}" if external is None else external.address
+
+    @property
+    def enforces(self) -> bool:
+        """Whether ModelExpress is ours and can check who calls it."""
+        return self.defaults.token_review and self.spec.model_express.external is None
+
+    @property
+    def trainer_metrics_ports(self) -> dict[str, int]:
+        """Port of each rank of a trainer pod, by the name of the container's port; empty when metrics are off."""
+        telemetry = self.spec.telemetry
+        if telemetry is None or telemetry.metrics_port is None:
+            return {}
+        names = ["metrics", *(f"metrics-{rank}" for rank in range(1, self.spec.trainer.ranks_a_pod))]
+        return {name: telemetry.metrics_port + rank for rank, name in enumerate(names)}
 
     def child(self, suffix: str) -> str:
         """Name of a child."""
@@ -106,6 +151,17 @@ class Context:
             "labels": self.labels(component),
             "ownerReferences": [owner_reference(self.owner)],
         }
+
+
+def session_prefix(uid: str) -> str:
+    """What all sessions of one resource begin with, and no session of another."""
+    return f"{uid.replace('-', '')[:12]}-"
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host (an IPv6 address without its brackets) and port."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 def selector_labels(instance: str, component: Component) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weightsync_operator.api.names import Component
+from weightsync_operator.api.names import ANNOTATION_FABRIC, Component
 from weightsync_operator.plan.build.context import INFERENCE_PORT, Context, Manifest, selector_labels
 from weightsync_operator.plan.build.pod import (
     INIT,
@@ -14,6 +14,7 @@ from weightsync_operator.plan.build.pod import (
     runtime_volumes,
     session_pod_template,
 )
+from weightsync_operator.plan.fabric import FabricChoice
 from weightsync_operator.plan.overlay import overlay_pod_template
 
 READY_PATH = "/weightsync/v1/ready"
@@ -26,7 +27,7 @@ def stateful_set(ctx: Context, contract_name: str) -> Manifest:
     return {
         "apiVersion": "apps/v1",
         "kind": "StatefulSet",
-        "metadata": ctx.metadata(ctx.child("inference"), Component.INFERENCE),
+        "metadata": ctx.metadata(ctx.child("inference"), Component.INFERENCE) | _choice(ctx),
         "spec": {
             "replicas": ctx.spec.inference.replicas,
             "serviceName": ctx.child("engines"),
@@ -38,6 +39,11 @@ def stateful_set(ctx: Context, contract_name: str) -> Manifest:
             "template": overlay_pod_template(template, ctx.spec.inference.pod_template, "spec.inference.podTemplate"),
         },
     }
+
+
+def _choice(ctx: Context) -> Manifest:
+    """Why `auto` chose what it did goes with the render, so that it is asked once."""
+    return {"annotations": {ANNOTATION_FABRIC: ctx.chosen.reason}} if isinstance(ctx.chosen, FabricChoice) else {}
 
 
 def _pod(ctx: Context, contract_name: str) -> Manifest:
@@ -69,13 +75,21 @@ def _container(ctx: Context) -> Manifest:
 
 
 def _arguments(ctx: Context) -> list[str]:
+    parallelism = ctx.spec.inference.parallelism
     return [
         *("--served-model-name", ctx.model_name),
         *("--host", "0.0.0.0", "--port", str(INFERENCE_PORT)),
         *("--dtype", "bfloat16"),
-        *("--tensor-parallel-size", str(ctx.spec.inference.parallelism.tp)),
+        *("--tensor-parallel-size", str(parallelism.tp)),
+        *_data_parallel(parallelism.dp),
+        *(("--enable-expert-parallel",) if parallelism.ep > 1 else ()),
         *ctx.spec.inference.engine_args,
     ]
+
+
+def _data_parallel(size: int) -> tuple[str, ...]:
+    """One API server process, which reaches every rank: vLLM would start as many as ranks, and none would know the whole."""
+    return ("--data-parallel-size", str(size), "--api-server-count", "1") if size > 1 else ()
 
 
 def _environment(ctx: Context) -> list[Manifest]:

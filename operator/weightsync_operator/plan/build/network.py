@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from weightsync_operator.api.names import Component
+from weightsync_operator.api.spec import TRAINER_PORT
 from weightsync_operator.plan.build.context import (
     INFERENCE_PORT,
     MODEL_EXPRESS_PORT,
     REDIS_PORT,
-    TRAINER_PORT,
     Context,
     Manifest,
     selector_labels,
@@ -25,9 +25,14 @@ def service_account(ctx: Context) -> Manifest:
 
 def services(ctx: Context) -> list[Manifest]:
     """One a role; peers find each other by headless ones that show pods before they are ready."""
+    managed = [
+        _service(ctx, "redis", Component.REDIS, REDIS_PORT) if ctx.spec.redis.external is None else None,
+        _service(ctx, "mx", Component.MODEL_EXPRESS, MODEL_EXPRESS_PORT)
+        if ctx.spec.model_express.external is None
+        else None,
+    ]
     return [
-        _service(ctx, "redis", Component.REDIS, REDIS_PORT),
-        _service(ctx, "mx", Component.MODEL_EXPRESS, MODEL_EXPRESS_PORT),
+        *(service for service in managed if service is not None),
         _headless(ctx, "trainer", Component.TRAINER, TRAINER_PORT),
         _headless(ctx, "engines", Component.INFERENCE, INFERENCE_PORT),
         _service(ctx, "inference", Component.INFERENCE, INFERENCE_PORT),

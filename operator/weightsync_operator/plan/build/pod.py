@@ -7,7 +7,8 @@ from typing import Any
 
 from weightsync_operator.api.fields import Resources
 from weightsync_operator.api.names import ANNOTATION_AUTH, LABEL_SESSION, Component
-from weightsync_operator.plan.build.context import Context, Manifest
+from weightsync_operator.plan.build import devices
+from weightsync_operator.plan.build.context import MODEL_EXPRESS_AUDIENCE, Context, Manifest
 from weightsync_operator.plan.fabric import Memlock
 
 RUN_AS = 10001
@@ -15,8 +16,12 @@ INIT = "/usr/bin/tini"
 """PID 1 of trainers and engines: Python as PID 1 ignores SIGTERM and would write on beside the next gang."""
 CONTRACT_FOLDER = "/etc/weightsync"
 SECRETS_FOLDER = "/var/run/weightsync"
-GPU_RESOURCE = "nvidia.com/gpu"
+TOKENS_FOLDER = "/var/run/secrets/tokens"
+"""Where ModelExpress's client looks for its token."""
+MEMBER_TOKEN_S = 3600
 READ_BY_GROUP = 0o440
+CA_FILE = "redis-ca.crt"
+"""In SECRETS_FOLDER, where Redis speaks TLS and its authority is not one that images know."""
 
 
 def pod_template(ctx: Context, component: Component, spec: Manifest) -> Manifest:
@@ -34,9 +39,10 @@ def pod_template(ctx: Context, component: Component, spec: Manifest) -> Manifest
 
 
 def session_pod_template(ctx: Context, component: Component, spec: Manifest) -> Manifest:
-    """As `pod_template`, of the session: Redis and ModelExpress outlive sessions, trainers and engines do not."""
-    template = pod_template(ctx, component, spec)
+    """As `pod_template`, of the session and on the fabric: Redis and ModelExpress outlive sessions, trainers and engines do not."""
+    template = pod_template(ctx, component, spec | devices.pod_claims(ctx, component))
     template["metadata"]["labels"][LABEL_SESSION] = ctx.session
+    template["metadata"]["annotations"] |= devices.network_annotations(ctx)
     return template
 
 
@@ -62,7 +68,7 @@ def container_security(*, read_only_root: bool = False) -> Manifest:
 def fabric_security(ctx: Context) -> Manifest:
     """As `container_security`, with what the fabric needs to pin memory."""
     security = container_security()
-    if ctx.profile.memlock is Memlock.ROOT_WITH_IPC_LOCK:
+    if ctx.memlock is Memlock.ROOT_WITH_IPC_LOCK:
         security |= {"runAsUser": 0, "runAsNonRoot": False, "capabilities": {"drop": ["ALL"], "add": ["IPC_LOCK"]}}
     return security
 
@@ -75,13 +81,10 @@ def resources(wanted: Resources, *, cpu: str, memory: str) -> Manifest:
 
 
 def device_resources(ctx: Context, gpus: int, *, cpu: str, memory: str) -> Manifest:
-    """GPUs and RDMA devices; extended resources need limits = requests."""
-    devices: dict[str, str] = {}
-    if gpus:
-        devices[GPU_RESOURCE] = str(gpus)
-    if ctx.profile.resource_name is not None:
-        devices[ctx.spec.fabric.resource_name or ctx.profile.resource_name] = str(ctx.spec.fabric.count)
-    return {"requests": {"cpu": cpu, "memory": memory, **devices}, **({"limits": devices} if devices else {})}
+    """GPUs and NICs as the fabric's profile asks for them; extended resources need limits = requests."""
+    counted = devices.counted(ctx, gpus)
+    requests = {"cpu": cpu, "memory": memory, **counted}
+    return {"requests": requests, **({"limits": counted} if counted else {}), **devices.container_claims(ctx)}
 
 
 def env_list(values: Mapping[str, str]) -> list[Manifest]:
@@ -113,14 +116,50 @@ def runtime_env(ctx: Context) -> list[Manifest]:
 
 def runtime_volumes(ctx: Context, contract_name: str) -> list[Manifest]:
     """Contract, the two secrets that a runtime needs, the model, /dev/shm and a writable /tmp."""
-    items = [{"key": "redis-password", "path": "redis-password"}, {"key": "endpoint-token", "path": "endpoint-token"}]
     return [
         {"name": "contract", "configMap": {"name": contract_name}},
-        {"name": "auth", "secret": {"secretName": ctx.child("auth"), "defaultMode": READ_BY_GROUP, "items": items}},
+        {"name": "auth", **_auth(ctx)},
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": ctx.profile.shm_size}},
         {"name": "tmp", "emptyDir": {}},
+        *_member_tokens(ctx),
         *model_volumes(ctx),
     ]
+
+
+def _member_tokens(ctx: Context) -> list[Manifest]:
+    """What a member shows to a ModelExpress that enforces; the kubelet renews it."""
+    if not ctx.enforces:
+        return []
+    token = {"path": "modelexpress", "audience": MODEL_EXPRESS_AUDIENCE, "expirationSeconds": MEMBER_TOKEN_S}
+    return [{"name": "member-token", "projected": {"sources": [{"serviceAccountToken": token}]}}]
+
+
+def _auth(ctx: Context) -> Manifest:
+    """The password of an external Redis, and whom to trust, come from the user's own Secrets: no copy is made of them."""
+    token, password = {"key": "endpoint-token", "path": "endpoint-token"}, {"path": "redis-password"}
+    external = ctx.spec.redis.external
+    if external is None:
+        sources = [(ctx.child("auth"), [{"key": "redis-password", **password}, token])]
+    else:
+        theirs = {"key": external.secret_ref.key, **password}
+        sources = [(ctx.child("auth"), [token]), (external.secret_ref.name, [theirs])]
+    sources += ca_sources(ctx)
+    if len(sources) == 1:
+        ((name, items),) = sources
+        return {"secret": {"secretName": name, "defaultMode": READ_BY_GROUP, "items": items}}
+    return projected(sources)
+
+
+def ca_sources(ctx: Context) -> list[tuple[str, list[Manifest]]]:
+    """Secret and item of the certificate that Redis is known by, if it is one of the user's."""
+    ca = ctx.spec.redis.ca
+    return [] if ca is None else [(ca.name, [{"key": ca.key, "path": CA_FILE}])]
+
+
+def projected(sources: list[tuple[str, list[Manifest]]]) -> Manifest:
+    """A volume with these items of several Secrets, given as (Secret, items)."""
+    secrets = [{"secret": {"name": name, "items": items}} for name, items in sources]
+    return {"projected": {"defaultMode": READ_BY_GROUP, "sources": secrets}}
 
 
 def runtime_mounts(ctx: Context) -> list[Manifest]:
@@ -129,6 +168,7 @@ def runtime_mounts(ctx: Context) -> list[Manifest]:
         {"name": "auth", "mountPath": SECRETS_FOLDER, "readOnly": True},
         {"name": "shm", "mountPath": "/dev/shm"},
         {"name": "tmp", "mountPath": "/tmp"},
+        *({"name": volume["name"], "mountPath": TOKENS_FOLDER, "readOnly": True} for volume in _member_tokens(ctx)),
         *model_mounts(ctx),
     ]
 

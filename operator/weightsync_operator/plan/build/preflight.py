@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from weightsync_operator.api.names import Component
 from weightsync_operator.plan.build.context import Context, Manifest
 from weightsync_operator.plan.build.pod import container_security, env_list, model_mounts, model_volumes, pod_security
 from weightsync_operator.plan.hashing import digest
+from weightsync_operator.plan.quantities import quantity
 
 _PLACEMENT = ("nodeSelector", "tolerations", "affinity", "imagePullSecrets", "runtimeClassName", "priorityClassName")
 
@@ -44,17 +47,41 @@ def _pod_spec(ctx: Context, engines: Manifest) -> Manifest:
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": 1,
         "securityContext": pod_security(),
-        "containers": [_container(ctx)],
+        "containers": [_container(ctx, engines)],
         "volumes": [{"name": "tmp", "emptyDir": {}}, *model_volumes(ctx)],
         **{field: engines[field] for field in _PLACEMENT if field in engines},
     }
 
 
-def _container(ctx: Context) -> Manifest:
+def _later_questions(ctx: Context, engines: Manifest) -> Manifest:
+    """Asked only when there is something to ask: the verdict of an older question stays."""
+    inference, budget_gib = ctx.spec.inference, ctx.spec.transfer.staging_budget_gib
+    asked = {
+        "modelRevision": ctx.spec.model.revision,  # not read there: another one is another question
+        "dataParallel": inference.parallelism.dp if inference.parallelism.dp > 1 else None,
+        "expertParallel": inference.parallelism.ep if inference.parallelism.ep > 1 else None,
+        "quantization": inference.quantization,
+        "stagingBudgetBytes": None if budget_gib is None else budget_gib << 30,
+        "hostLimitBytes": _memory_limit(engines) if ctx.spec.transfer.staging == "pinnedHost" else None,
+    }
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def _memory_limit(engines: Manifest) -> int | None:
+    """Bytes that the engine's container may take, as its podTemplate says; what that says wrongly the API server refuses."""
+    containers = [c for c in engines.get("containers") or [] if isinstance(c, Mapping) and c.get("name") == "engine"]
+    found: Any = containers[0] if containers else None
+    for name in ("resources", "limits", "memory"):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return quantity(found)
+
+
+def _container(ctx: Context, engines: Manifest) -> Manifest:
     question = {
         "modelPath": ctx.model_path,
         "modelField": model_field(ctx),
         "tensorParallel": ctx.spec.inference.parallelism.tp,
+        **_later_questions(ctx, engines),
     }
     return {
         "name": "preflight",

@@ -1,13 +1,14 @@
-"""Redis, which holds the ledger of versions: one pod, append-only file on its own volume, users from the Secret. Pure."""
+"""Redis, which holds the ledger of versions: one pod, append-only file on a volume, users from the Secret. Pure."""
 
 from __future__ import annotations
 
-from weightsync_operator.api.names import Component
+from weightsync_operator.api.names import ANNOTATION_CERTIFICATE, Component
 from weightsync_operator.plan.build.auth import PROBE_USER
 from weightsync_operator.plan.build.context import REDIS_PORT, Context, Manifest, selector_labels
 from weightsync_operator.plan.build.pod import READ_BY_GROUP, container_security, pod_template, resources
 
 _ACL_FOLDER = "/etc/weightsync-redis"
+_TLS_FOLDER = "/etc/weightsync-redis-tls"
 
 
 def deployment(ctx: Context) -> Manifest:
@@ -26,6 +27,21 @@ def deployment(ctx: Context) -> Manifest:
     }
 
 
+def with_certificate(manifest: Manifest, certificate: str) -> Manifest:
+    """Redis reads its certificate at its start: another one is another pod."""
+    rendered = manifest["spec"]["template"]
+    annotations = {**rendered["metadata"].get("annotations", {}), ANNOTATION_CERTIFICATE: certificate}
+    template = {**rendered, "metadata": {**rendered["metadata"], "annotations": annotations}}
+    return {**manifest, "spec": {**manifest["spec"], "template": template}}
+
+
+def certificate_of(manifest: Manifest | None) -> str:
+    """Fingerprint of the certificate that a Deployment's pods were started with; empty for none."""
+    if manifest is None:
+        return ""
+    return (manifest["spec"]["template"]["metadata"].get("annotations") or {}).get(ANNOTATION_CERTIFICATE, "")
+
+
 def _pod(ctx: Context) -> Manifest:
     items = [{"key": "users.acl", "path": "users.acl"}]
     return {
@@ -33,10 +49,41 @@ def _pod(ctx: Context) -> Manifest:
         "containers": [_container(ctx)],
         "volumes": [
             {"name": "acl", "secret": {"secretName": ctx.child("auth"), "defaultMode": READ_BY_GROUP, "items": items}},
-            # On a volume of the pod, so that a restarted container finds its data again.
-            {"name": "data", "emptyDir": {}},
+            {"name": "data", **_data(ctx)},
+            *_tls_volumes(ctx),
         ],
     }
+
+
+def _tls_volumes(ctx: Context) -> list[Manifest]:
+    tls = ctx.spec.redis.tls
+    if tls is None:
+        return []
+    return [{"name": "tls", "secret": {"secretName": tls.secret_ref.name, "defaultMode": READ_BY_GROUP}}]
+
+
+def _data(ctx: Context) -> Manifest:
+    """On a volume at least of the pod, so that a restarted container finds its data again."""
+    if ctx.spec.redis.persistence is None:
+        return {"emptyDir": {}}
+    return {"persistentVolumeClaim": {"claimName": ctx.child("redis")}}
+
+
+def volume_claims(ctx: Context) -> list[Manifest]:
+    """The claim of the ledger's volume, if it is to outlive the pod."""
+    persistence = ctx.spec.redis.persistence
+    if persistence is None:
+        return []
+    size = {"resources": {"requests": {"storage": str(persistence.size)}}}
+    storage = {} if persistence.storage_class_name is None else {"storageClassName": persistence.storage_class_name}
+    return [
+        {
+            "apiVersion": "v1",
+            "kind": "PersistentVolumeClaim",
+            "metadata": ctx.metadata(ctx.child("redis"), Component.REDIS),
+            "spec": {"accessModes": ["ReadWriteOnce"], **size, **storage},
+        }
+    ]
 
 
 def _container(ctx: Context) -> Manifest:
@@ -50,6 +97,7 @@ def _container(ctx: Context) -> Manifest:
         "--pass",
         PROBE_USER,
         "--no-auth-warning",
+        *(("--tls", "--cacert", f"{_TLS_FOLDER}/ca.crt") if ctx.spec.redis.speaks_tls else ()),
         "ping",
     ]
     return {
@@ -58,7 +106,7 @@ def _container(ctx: Context) -> Manifest:
         "imagePullPolicy": ctx.defaults.pull_policy,
         "command": ["redis-server"],
         "args": [
-            *("--port", str(REDIS_PORT), "--bind", "*", "-::*", "--protected-mode", "no"),
+            *_listening(ctx),
             *("--aclfile", f"{_ACL_FOLDER}/users.acl"),
             *("--dir", "/data", "--appendonly", "yes", "--appendfsync", "everysec"),
         ],
@@ -76,5 +124,16 @@ def _container(ctx: Context) -> Manifest:
         "volumeMounts": [
             {"name": "acl", "mountPath": _ACL_FOLDER, "readOnly": True},
             {"name": "data", "mountPath": "/data"},
+            *([{"name": "tls", "mountPath": _TLS_FOLDER, "readOnly": True}] if ctx.spec.redis.speaks_tls else []),
         ],
     }
+
+
+def _listening(ctx: Context) -> list[str]:
+    """With TLS nothing is answered in the clear; clients prove themselves by password, not by certificate."""
+    anywhere = ["--bind", "*", "-::*", "--protected-mode", "no"]
+    if not ctx.spec.redis.speaks_tls:
+        return ["--port", str(REDIS_PORT), *anywhere]
+    files = {"cert": "tls.crt", "key": "tls.key", "ca-cert": "ca.crt"}
+    options = [word for kind, name in files.items() for word in (f"--tls-{kind}-file", f"{_TLS_FOLDER}/{name}")]
+    return ["--port", "0", "--tls-port", str(REDIS_PORT), *options, "--tls-auth-clients", "no", *anywhere]

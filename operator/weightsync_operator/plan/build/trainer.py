@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 
 from weightsync_operator.api.names import ANNOTATION_TEMPLATE, LABEL_EPOCH, Component
-from weightsync_operator.plan.build.context import INFERENCE_PORT, TRAINER_PORT, Context, Manifest
+from weightsync_operator.api.spec import TRAINER_PORT
+from weightsync_operator.plan.build.context import INFERENCE_PORT, Context, Manifest
 from weightsync_operator.plan.build.pod import (
     INIT,
     device_resources,
@@ -86,10 +87,16 @@ def _container(ctx: Context) -> Manifest:
         "command": [INIT, "-g", "--", *spec.command],
         "args": list(spec.args),
         "env": _environment(ctx),
+        **_ports(ctx),
         "resources": device_resources(ctx, spec.gpus_per_node, cpu="100m", memory="256Mi"),
         "securityContext": fabric_security(ctx),
         "volumeMounts": runtime_mounts(ctx),
     }
+
+
+def _ports(ctx: Context) -> Manifest:
+    ports = [{"name": n, "containerPort": port, "protocol": "TCP"} for n, port in ctx.trainer_metrics_ports.items()]
+    return {"ports": ports} if ports else {}
 
 
 def _environment(ctx: Context) -> list[Manifest]:
@@ -99,7 +106,14 @@ def _environment(ctx: Context) -> list[Manifest]:
     master = {"MASTER_ADDR": f"{gang}-$({EPOCH_ENV})-0.{gang}", "MASTER_PORT": str(TRAINER_PORT)}
     service = {"WEIGHTSYNC_INFERENCE_URL": f"http://{ctx.child('inference')}:{INFERENCE_PORT}"}
     own = env_list({variable.name: variable.value for variable in ctx.spec.trainer.env})
-    return [*epoch, *runtime_env(ctx), *env_list(master | service), *_rank_environment(ctx), *own]
+    return [*epoch, *runtime_env(ctx), *env_list(master | service | _mesh(ctx)), *_rank_environment(ctx), *own]
+
+
+def _mesh(ctx: Context) -> dict[str, str]:
+    axes = ctx.spec.trainer.parallelism
+    if axes is None:
+        return {}
+    return {f"WEIGHTSYNC_{name.upper()}": str(size) for name, size in axes.model_dump().items()}
 
 
 def _rank_environment(ctx: Context) -> list[Manifest]:
