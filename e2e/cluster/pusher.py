@@ -1,4 +1,5 @@
-"""The cluster tests' trainer: SmolLM2 in FSDP2 shards, changed a little and pushed every few seconds, until ended.
+"""The cluster tests' trainer: SmolLM2 in FSDP2 shards, changed a little and pushed every few seconds, until ended or
+as often as its second argument says.
 
 It samples nothing, so that it is in the middle of a push whenever an engine keeps it waiting. Runs in the runtime image,
 from a ConfigMap; RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are the operator's.
@@ -30,8 +31,8 @@ def main() -> None:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     with Publisher.from_env(model) as publisher:
-        step = 0
-        while True:
+        step, pushes = 0, int(sys.argv[2]) if len(sys.argv) > 2 else None
+        while pushes is None or step < pushes:
             report = publisher.push(step=step)
             print(json.dumps({"step": step, "version": report.version, "seconds": report.seconds}), flush=True)
             time.sleep(PAUSE_S)

@@ -26,6 +26,14 @@ STOP_TIMEOUT_S = 10.0
 REQUEST_TIMEOUT_S = 30.0
 LOG_TAIL_CHARS = 2000
 
+AUDIT_LOG = "audit.log"
+AUDIT_POLICY = {
+    "apiVersion": "audit.k8s.io/v1",
+    "kind": "Policy",
+    "omitStages": ["RequestReceived", "ResponseStarted"],
+    "rules": [{"level": "Metadata", "userGroups": ["system:serviceaccounts"]}, {"level": "None"}],
+}
+
 CONTROLLER_FLAGS = (
     "--kube-api-qps=500",  # at the default 20 the default service account of a new namespace takes 10 s
     "--kube-api-burst=1000",
@@ -45,6 +53,11 @@ class BareApiServer:
     kubeconfig: Path
     directory: Path
     """Logs of the processes and their data; goes away with the test session's temporary folder."""
+
+    def audit(self) -> Iterator[dict[str, Any]]:
+        """Every request of a service account that was answered, oldest first, as the API server's audit log has it."""
+        with (self.directory / AUDIT_LOG).open() as lines:
+            yield from (json.loads(line) for line in lines if line.endswith("\n"))
 
     def request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """One call as the administrator; the answer's JSON. Raises urllib.error.HTTPError for a status of 400 or more."""
@@ -148,6 +161,7 @@ def _apiserver_argv(kube: Path, directory: Path, port: int, etcd_port: int) -> l
         # The servers' own endpoints object would race the shutdown of the session.
         "--endpoint-reconciler-type=none", "--enable-priority-and-fairness=false", "--max-requests-inflight=0",
         "--shutdown-delay-duration=0s",
+        f"--audit-policy-file={directory / 'audit-policy.json'}", f"--audit-log-path={directory / AUDIT_LOG}",
     ]  # fmt: skip
 
 
@@ -159,7 +173,7 @@ def _controller_argv(kube: Path, directory: Path, port: int, flags: Sequence[str
     ]  # fmt: skip
 
 
-def _write_keys(directory: Path, token: str) -> None:
+def _write_files(directory: Path, token: str) -> None:
     key, public = str(directory / "sa.key"), str(directory / "sa.pub")
     try:
         subprocess.run(["openssl", "genrsa", "-out", key, "2048"], check=True, capture_output=True)
@@ -171,6 +185,7 @@ def _write_keys(directory: Path, token: str) -> None:
     tokens = directory / "tokens.csv"
     tokens.write_text(f'{token},admin,admin,"system:masters"\n')
     tokens.chmod(0o600)
+    (directory / "audit-policy.json").write_text(json.dumps(AUDIT_POLICY))
 
 
 @contextmanager
@@ -184,7 +199,7 @@ def run_bare_api_server(
     and (with controllers) namespace `default` has its service account. Raises LabError with the log's end after 60 s.
     """
     token = secrets.token_hex(16)
-    _write_keys(directory, token)
+    _write_files(directory, token)
     etcd_port, peer_port, port, controller_port = _free_ports(4)
     server = BareApiServer(
         url=f"https://127.0.0.1:{port}", token=token, ca_path=directory / "apiserver.crt",

@@ -28,6 +28,8 @@ from e2e.lab.providers.kind import KindProvider
 from e2e.lab.task import Task
 from e2e.lab.tools import TOOLS, build_tool
 
+EMULATED_LABEL = "weightsync.dev/emulated-devices=true"
+"""Without it the operator's fabric profile `auto` would take the plug-in's devices for real ones."""
 DEVICE_PLUGIN = LAB_SOURCES / "deviceplugin" / "daemonset.yaml"
 DEVICES_TIMEOUT_S = 60
 CLUSTER_TOOLS = ("kube", "helm", "kind", "coredns", "pause", "rootfs", "modelexpress")
@@ -224,9 +226,10 @@ class Lab:
         return load
 
     def _devices(self, task: Task) -> bool:
-        """Apply the device plug-in and wait until the node offers what it registers."""
+        """Apply the device plug-in, mark the node as one that pretends, and wait until it offers what the plug-in registers."""
         kubectl = [self.paths.bin / "kubectl", "--kubeconfig", self.paths.kubeconfig]
         before = task.capture([*kubectl, "get", "node", "--output", "jsonpath={.items[*].status.allocatable}"])
+        task.run([*kubectl, "label", "node", "--all", "--overwrite", EMULATED_LABEL])
         task.run([*kubectl, "apply", "--server-side", "--filename", DEVICE_PLUGIN])
         condition = "jsonpath={.status.allocatable.nvidia\\.com/gpu}=8"
         task.run([*kubectl, "wait", "node", "--all", f"--for={condition}", f"--timeout={DEVICES_TIMEOUT_S}s"])

@@ -99,7 +99,7 @@ def _build_modelexpress(inputs: BuildInputs) -> None:
     """The published crate, unoptimised: it holds metadata, no weights pass through it, and -O takes three times as long."""
     require_program("cargo", "install Rust 1.90 or newer (Debian 12's is too old) and run the same command again")
     require_program("protoc", "install protobuf-compiler")
-    target = inputs.paths.cache / "build" / "modelexpress"
+    target = inputs.out / "target"  # of this build alone: cargo goes on when the process that called it was killed
     inputs.task.run(
         ["nice", "-n", "5", "cargo", "install", "modelexpress-server", "--bin", "modelexpress-server",
          "--version", inputs.versions.modelexpress, "--locked", "--no-default-features",

@@ -24,6 +24,7 @@ from e2e.lab.providers import Capability
 from e2e.lab.task import Task
 from e2e.lab.thinimage import ThinImage, only_layer
 from e2e.lab.versions import read_versions
+from e2e.lab.waiting import wait_until
 
 CLUSTER = "weightsync"
 NODE = f"{CLUSTER}-control-plane"
@@ -32,6 +33,8 @@ STORE_FOLDER = "/var/lib/containerd"
 CONTENT_FOLDER = f"{STORE_FOLDER}/io.containerd.content.v1.content/blobs"
 IMPORT = ("ctr", "--namespace", "k8s.io", "images", "import", "--all-platforms", "-")
 READY_TIMEOUT_S = 180
+COME_BACK_S = 60.0
+SYSTEM_WORKLOADS = ("daemonset/kube-proxy", "deployment/coredns")
 # One node, whose disk is busy while images are written: a lost lease would restart the controllers, and nothing here outlives
 # the machine, so etcd need not wait for the disk. The form is kubeadm's v1beta3, which kind writes for the pinned version.
 CONTROL_PLANE_PATCH = {
@@ -62,8 +65,9 @@ class KindProvider:
         """Create the cluster on its image store and wait for the node, DNS and the Service proxy."""
         if self._node_state() == "running":
             self._kind(task, "export", "kubeconfig", "--name", CLUSTER, "--kubeconfig", self.kubeconfig)
-            return True
-        self.down(task)  # a node that Docker or the machine stopped does not come back whole
+            if self._mounts_this_checkout() and self._is_whole(task):
+                return True
+        self.down(task)  # a node that Docker or the machine stopped does not always come back whole
         self._make_folders()
         image = self._node_image(task)
         config = self._paths.lab / "kind.json"
@@ -80,11 +84,11 @@ class KindProvider:
             f"{READY_TIMEOUT_S}s",
         ]
         self._kind(task, *argv)
-        kubectl = [self._paths.bin / "kubectl", "--kubeconfig", self.kubeconfig, "--namespace", "kube-system"]
-        task.run([*kubectl, "scale", "deployment/coredns", "--replicas=1"])  # the second one has no node of its own
-        for workload in ("daemonset/kube-proxy", "deployment/coredns"):
+        # The second one would have no node of its own.
+        task.run([*self._kubectl, "scale", "deployment/coredns", "--replicas=1"])
+        for workload in SYSTEM_WORKLOADS:
             task.say(f"waits for {workload}")
-            task.run([*kubectl, "rollout", "status", workload, f"--timeout={READY_TIMEOUT_S}s"])
+            task.run([*self._kubectl, "rollout", "status", workload, f"--timeout={READY_TIMEOUT_S}s"])
         return False
 
     def down(self, task: Task) -> None:
@@ -172,6 +176,40 @@ class KindProvider:
                 f"no running container {namespace}/{pod}/{container} on the node", cure="look at its pod's status"
             )
         return tuple(map(int, signalled))
+
+    @property
+    def _kubectl(self) -> list[str | Path]:
+        return [self._paths.bin / "kubectl", "--kubeconfig", self.kubeconfig, "--namespace", "kube-system"]
+
+    def _mounts_this_checkout(self) -> bool:
+        """Whether the node sees this checkout's data folder: a cluster of another one, or of one that was removed, does not."""
+        self._make_folders()
+        with tempfile.NamedTemporaryFile(dir=self._paths.data) as marker:
+            return self._docker.ask("exec", NODE, "stat", f"{NODE_FOLDER}/data/{Path(marker.name).name}") is not None
+
+    def _is_whole(self, task: Task) -> bool:
+        """Whether a cluster that was there before answers its administrator and runs its system workloads, within a deadline.
+
+        An API server that has just come back refuses even the administrator until it has read its roles.
+        """
+        task.say("waits for the cluster that runs already")
+
+        def refusal() -> str | None:
+            for workload in SYSTEM_WORKLOADS:
+                words = [*self._kubectl, "rollout", "status", workload, "--watch=false", "--request-timeout=5s"]
+                answer = subprocess.run(words, check=False, capture_output=True, text=True)
+                if answer.returncode != 0 or "successfully rolled out" not in answer.stdout:
+                    return (answer.stderr or answer.stdout).strip()
+            return None
+
+        try:
+            wait_until(
+                "the cluster", refusal, lambda why: why is None, timeout_s=COME_BACK_S, cure="wait", interval_s=0.5
+            )
+        except LabError as error:
+            task.say(f"makes the cluster anew: {error}")
+            return False
+        return True
 
     def _node_state(self) -> str | None:
         """Docker's word for the node's container; None when there is none."""
