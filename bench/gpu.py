@@ -26,7 +26,8 @@ from bench.gpu_push import pushes
 from bench.shapes import EXPERT_SHAPES, LAYERS, MATRICES, Engine
 from weightsync.conversion import fp8
 from weightsync.conversion.cast_kernels import Cast, CastGroup
-from weightsync.conversion.kernels import Fp8Group, Job
+from weightsync.conversion.jobs import Job
+from weightsync.conversion.kernels import Fp8Group
 from weightsync.digest_kernels import DigestGroup, Range
 from weightsync.layout.forms import GROUP_BYTES
 
@@ -140,6 +141,9 @@ def conversions(copy_gbps: float) -> Iterator[Row]:
         shapes = [*EXPERT_SHAPES.values(), *MATRICES.values()]
         jobs = [job for shape in shapes for job in fp8_jobs(torch.randn(shape, device="cuda").to(dtype))]
         yield conversion_row("whole layer, one launch", dtype, jobs, copy_gbps)
+        experts = torch.randn(EXPERT_SHAPES["w2"], device="cuda").to(dtype)
+        jobs = [job for matrix in experts for job in cut_jobs(matrix, tp=8)]
+        yield conversion_row("w2 in 8 column slices of 96, scales for 32", dtype, jobs, copy_gbps)
 
 
 def conversion_row(what: str, dtype: torch.dtype, jobs: list[Job], copy_gbps: float) -> Row:
@@ -166,6 +170,19 @@ def fp8_jobs(source: torch.Tensor) -> list[Job]:
     out = torch.empty(matrices.shape, dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
     scales = torch.empty(len(matrices), fp8.blocks_of(rows), fp8.blocks_of(columns), device="cuda")
     return [Job(source=m, out=o, scales=s) for m, o, s in zip(matrices, out, scales, strict=True)]
+
+
+def cut_jobs(matrix: torch.Tensor, *, tp: int) -> list[Job]:
+    """Column slices that end inside blocks, as engines of so many ranks keep them: each reads the whole blocks that it touches."""
+    rows, share = matrix.shape[0], matrix.shape[1] // tp
+    jobs = []
+    for start in range(0, matrix.shape[1], share):
+        first, last = start // fp8.BLOCK * fp8.BLOCK, -(-(start + share) // fp8.BLOCK) * fp8.BLOCK
+        out = torch.empty(rows, share, dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
+        scales = torch.empty(-(-rows // 32), share // 32, device="cuda")
+        written = range(start - first, start - first + share)
+        jobs.append(Job(source=matrix[:, first:last], out=out, scales=scales, columns=written, block=(32, 32)))
+    return jobs
 
 
 def casts(copy_gbps: float) -> Iterator[Row]:

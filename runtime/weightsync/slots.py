@@ -16,7 +16,7 @@ from torch import Tensor
 
 from weightsync import collector, device_memory
 from weightsync.conversion import convert_into, fp8
-from weightsync.conversion.slices import Slice
+from weightsync.conversion.jobs import Job
 from weightsync.errors import ConversionError, PlanError
 from weightsync.layout import ring
 from weightsync.layout.arenas import Carrier
@@ -174,7 +174,8 @@ class SlotArena:
         if slot.scales is None:
             convert_into(out.view(source.shape), source, name=slot.holding.name, through=_dtype(slot.through))
             return
-        amax = _slice_of(slot, source, out, self._scales(slot), self._others(slot)).convert(ue8m0=self._format == UE8M0)
+        job = _job_of(slot, source, out, self._scales(slot), self._others(slot))
+        amax = job.convert(ue8m0=self._format == UE8M0)
         if not fp8.finite(amax):
             _refuse(source, slot)
 
@@ -285,11 +286,11 @@ class _Conversions:
                 "diverged; nothing was pushed"
             )
 
-    def _jobs(self, slots: Sequence[Slot], sources: Sequence[Tensor]) -> tuple[list[Any], list[Any], list[Any]]:
-        """(tensor's name, job) of the FP8 slots, the same of those that end inside blocks, and the casts."""
-        from weightsync.conversion.device import Cast, Job
+    def _jobs(self, slots: Sequence[Slot], sources: Sequence[Tensor]) -> tuple[list[tuple[str, Job]], list[Any]]:
+        """(tensor's name, job) of the FP8 slots, and the casts."""
+        from weightsync.conversion.device import Cast
 
-        blocks, slices, casts = [], [], []
+        blocks, casts = [], []
         for slot, source in zip(slots, sources, strict=True):
             out = self._view(slot.offset_bytes, slot.numel, slot.dtype)
             if slot.scales is None:
@@ -298,14 +299,8 @@ class _Conversions:
                 continue
             length = slot.scales.stop - slot.scales.start
             scales = self._view(slot.scales.local_offset * 4, length, "float32")
-            amax = self._give(slot, source.device)
-            if slot.columns is not None and slot.columns.block != (BLOCK, BLOCK):
-                slices.append((slot.holding.name, _slice_of(slot, source, out, scales, amax)))
-                continue
-            whole, scales = out.view(source.shape), scales.view(-1, _blocks(slot)[2])
-            job = Job(source=source, out=whole, scales=scales, row_start=slot.row_start, amax=amax)
-            blocks.append((slot.holding.name, job))
-        return blocks, slices, casts
+            blocks.append((slot.holding.name, _job_of(slot, source, out, scales, self._give(slot, source.device))))
+        return blocks, casts
 
     def _give(self, slot: Slot, device: torch.device) -> Tensor | None:
         """Room for the other ranks' amax of a slot's first and last block rows, where they have any."""
@@ -324,14 +319,16 @@ def _blocks(slot: Slot) -> tuple[int, int, int]:
     return slot.row_start // BLOCK, fp8.blocks_of(slot.rows, slot.row_start), len(columns)
 
 
-def _slice_of(slot: Slot, source: Tensor, out: Tensor, scales: Tensor, amax: Tensor | None = None) -> Slice:
+def _job_of(slot: Slot, source: Tensor, out: Tensor, scales: Tensor, amax: Tensor | None) -> Job:
     columns = slot.columns or Columns(slot.name, 0, slot.shape[1])
-    return Slice(
+    first = columns.start % BLOCK
+    across = -(-columns.stop // columns.block[1]) - columns.start // columns.block[1]
+    return Job(
         source=source,
         out=out.view(slot.rows, -1),
-        scales=scales,
-        rows=range(slot.row_start, slot.row_start + slot.rows),
-        columns=range(columns.start, columns.stop),
+        scales=scales.view(-1, across),
+        row_start=slot.row_start,
+        columns=range(first, first + columns.width),
         block=columns.block,
         amax=amax,
     )

@@ -99,28 +99,3 @@ def test_a_nan_is_named_by_its_place_in_the_matrix() -> None:
     weights["experts.2.down"][200, 300] = float("nan")
     with pytest.raises(ConversionError, match=r"experts.2.down: .* the first at \[200, 300\]"):
         fill_all(shard(weights, 1), layouts_of(QWEN3_30B))
-
-
-def test_a_gpu_hands_such_slices_to_torch_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    """The kernels write whole blocks. Here on the host: the same code, and the fault is flagged, not raised."""
-    pytest.importorskip("triton")
-    from weightsync.conversion.device import DeviceConversion
-    from weightsync.conversion.slices import Slice
-
-    source = torch.randn(100, 256)
-    out = torch.full((100, 96), 7, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    scales = torch.full((4 * 3,), -1.0)
-    part = Slice(
-        source=source, out=out, scales=scales, rows=range(28, 128), columns=range(96, 192), block=(32, 32), amax=None
-    )
-    with caplog.at_level("INFO"):
-        group = DeviceConversion([], [("w", part)], [], ue8m0=False)
-    assert "1 FP8 slices end inside blocks of 128 by 128, first of w: torch converts them" in caplog.text
-    group.run()
-    whole = fp8.scales_of(fp8.block_amax(source, 28))
-    assert same(out, fp8.quantize(source, whole, 28)[:, 96:192])
-    assert same(scales.view(4, 3), whole[:, [0, 1, 1]].expand(4, 3))
-    assert group.flags[0].tolist() == [0]
-    source[0, 0] = float("inf")
-    group.run()
-    assert group.flags[0].tolist() == [1]

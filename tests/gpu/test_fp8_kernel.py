@@ -10,7 +10,8 @@ from weightsync.conversion import fp8
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from weightsync.conversion.kernels import Fp8Group, Job
+from weightsync.conversion.jobs import Job
+from weightsync.conversion.kernels import Fp8Group
 
 ODD = [(1, 1), (127, 129), (129, 8), (130, 2047)]
 SHAPES = [(128, 128), (1, 16), (127, 144), (256, 640), (130, 2048), (300, 96), (1536, 2048), (2048, 768)]
@@ -60,6 +61,39 @@ def test_a_group_of_many_shapes_equals_the_reference_on_the_cpu(
         out, scales = reference(rows, ue8m0)
         assert same(job.scales.cpu(), scales), rows.shape
         assert same(job.out.cpu(), out), rows.shape
+
+
+@pytest.mark.parametrize("ue8m0", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("odd", [False, True], ids=["vectors", "odd"])
+def test_slices_that_end_inside_blocks_equal_the_reference_on_the_cpu(
+    ue8m0: bool, dtype: torch.dtype, odd: bool
+) -> None:
+    """(shape of the source, its first row, columns that are written, what one scale is for)"""
+    cuts = [
+        ((100, 256), 28, range(96, 192), (32, 32)),
+        ((96, 2048), 672, range(2048), (32, 128)),
+        ((2048, 256), 0, range(32, 128), (128, 32)),
+        ((130, 384), 5, range(128, 256), (128, 128)),
+        *([((40, 128), 24, range(72, 96), (8, 8))] if odd else []),
+    ]
+    jobs, wanted = [], []
+    for i, (shape, row_start, columns, block) in enumerate(cuts):
+        host = values(*shape, seed=i, dtype=dtype)
+        down = -(-(row_start + shape[0]) // block[0]) - row_start // block[0]
+        across = -(-columns.stop // block[1]) - columns.start // block[1]
+        for rows, into in ((host.cuda(), jobs), (host, wanted)):
+            out = torch.full((shape[0], len(columns)), 7, dtype=torch.uint8, device=rows.device)
+            scales = torch.full((down, across), -1.0, device=rows.device)
+            how = dict(row_start=row_start, columns=columns, block=block)
+            into.append(Job(source=rows, out=out.view(torch.float8_e4m3fn), scales=scales, **how))
+        wanted[-1].convert(ue8m0=ue8m0)
+    group = Fp8Group(jobs, ue8m0=ue8m0)
+    group.convert()
+    assert not group.faults.any()
+    for job, want in zip(jobs, wanted, strict=True):
+        assert same(job.scales.cpu(), want.scales), want.block
+        assert same(job.out.cpu(), want.out), want.block
 
 
 @pytest.mark.parametrize("ue8m0", [False, True])

@@ -5,48 +5,30 @@ Prepared once for the same memory and used each push. Imports torch and Triton.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 from weightsync.conversion.cast_kernels import Cast, CastGroup
-from weightsync.conversion.kernels import Fp8Group, Job
-from weightsync.conversion.slices import Slice, SliceGroup
+from weightsync.conversion.jobs import Job
+from weightsync.conversion.kernels import Fp8Group
 
-logger = logging.getLogger(__name__)
-
-__all__ = ["Cast", "DeviceConversion", "Job"]
+__all__ = ["Cast", "DeviceConversion"]
 
 
 class DeviceConversion:
     """All slots of one group.
 
-    blocks: (tensor's name, job) of each FP8 slot; slices: of those that end inside blocks, which torch converts one by one;
-    casts: the others.
+    blocks: (tensor's name, job) of each FP8 slot; casts: the others.
     """
 
-    def __init__(
-        self,
-        blocks: Sequence[tuple[str, Job]],
-        slices: Sequence[tuple[str, Slice]],
-        casts: Sequence[Cast],
-        *,
-        ue8m0: bool,
-    ) -> None:
-        self._groups: list[Fp8Group | SliceGroup | CastGroup] = []
+    def __init__(self, blocks: Sequence[tuple[str, Job]], casts: Sequence[Cast], *, ue8m0: bool) -> None:
+        self._groups: list[Fp8Group | CastGroup] = []
         self.names: list[str] = []
         """Of the tensors that `flags` speak of."""
-        for dtype in sorted({job.source.dtype for _, job in blocks}, key=str):
-            mine = [(name, job) for name, job in blocks if job.source.dtype == dtype]
+        # Those that write whole blocks apart: one slice among them would take the plain writes from all.
+        for kind in sorted({_kind_of_job(job) for _, job in blocks}):
+            mine = [(name, job) for name, job in blocks if _kind_of_job(job) == kind]
             self._groups.append(Fp8Group([job for _, job in mine], ue8m0=ue8m0))
             self.names += [name for name, _ in mine]
-        if slices:
-            self._groups.append(SliceGroup([each for _, each in slices], ue8m0=ue8m0))
-            self.names += [name for name, _ in slices]
-            logger.info(
-                "%d FP8 slices end inside blocks of 128 by 128, first of %s: torch converts them, not the kernel",
-                len(slices),
-                slices[0][0],
-            )
         for kind in sorted({_kind(cast) for cast in casts}):
             alike = [cast for cast in casts if _kind(cast) == kind]
             self._groups.append(CastGroup(alike))
@@ -58,6 +40,10 @@ class DeviceConversion:
         """Launch on the current stream; waits for nothing."""
         for group in self._groups:
             group.convert()
+
+
+def _kind_of_job(job: Job) -> tuple[str, bool]:
+    return str(job.source.dtype), job.cut
 
 
 def _kind(cast: Cast) -> str:

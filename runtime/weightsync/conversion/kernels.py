@@ -1,14 +1,13 @@
 """Triton kernels that convert a whole group of tensors in one launch, bit-equal to the reference in `fp8`.
 
 A group is a table of jobs (one a tensor, or a column slice of one) and a list of tiles, both on the device, made once a plan and
-used each push. A tile is one block row by `wide` blocks, so a small tensor costs a tile and not a launch. Imports torch and Triton.
+used each push. A tile is one block, so a small tensor costs a tile and not a launch. Imports torch and Triton.
 """
 
 # Triton compiles these functions itself; what its types promise Python is not what they do.
 # pyright: reportCallIssue=false, reportOperatorIssue=false, reportArgumentType=false
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -17,25 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from weightsync.conversion.fp8 import BLOCK, blocks_of
+from weightsync.conversion.jobs import Job
 from weightsync.errors import ConversionError
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
-    """Rows of one tensor, or a column slice of them, to be converted.
-
-    source: [r, k] bf16 or fp32 on the device, any row stride, elements of a row contiguous.
-    out: [r, k] float8_e4m3fn, any row stride.
-    scales: [blocks of rows, blocks of columns] fp32.
-    row_start: index of the first row in its tensor; only its place in the block matters.
-    amax: like `scales` but int32, bf16 bits found on other ranks in blocks that straddle them; None if none does.
-    """
-
-    source: Tensor
-    out: Tensor
-    scales: Tensor
-    row_start: int = 0
-    amax: Tensor | None = None
+_FIELDS = tl.constexpr(13)
+"""Of a job's row of the table."""
 
 
 class Fp8Group:
@@ -45,7 +30,7 @@ class Fp8Group:
     infinity or a NaN.
     """
 
-    def __init__(self, jobs: Sequence[Job], *, ue8m0: bool = False, num_warps: int = 8) -> None:
+    def __init__(self, jobs: Sequence[Job], *, ue8m0: bool = False) -> None:
         device, dtypes = jobs[0].source.device, {job.source.dtype for job in jobs}
         if len(dtypes) != 1 or not dtypes <= {torch.bfloat16, torch.float32}:
             raise ConversionError(
@@ -55,27 +40,21 @@ class Fp8Group:
         self.bytes_moved = sum(job.source.nbytes + job.out.numel() + job.scales.nbytes for job in jobs)
         self._jobs = jobs
         self._table = torch.tensor([_row(job) for job in jobs], dtype=torch.int64).to(device)
-        self._tiles = _tiles(jobs, 1).to(device)
-        self._ue8m0, self._fp32, self._num_warps = ue8m0, dtypes == {torch.float32}, num_warps
-        self._words = all(map(_aligned, jobs))
+        self._tiles = _tiles(jobs).to(device)
+        self._kernel, self._num_warps = (_fp8_words, 8) if all(map(_aligned, jobs)) else (_fp8_tiles, 16)
+        finest = min(min(job.block) for job in jobs)
+        self._flags = {
+            "UE8M0": ue8m0,
+            "SOURCE_FP32": dtypes == {torch.float32},
+            "SPREAD": BLOCK // finest if any(job.cut for job in jobs) else 0,
+        }
 
     def convert(self) -> None:
         """Launch on the current stream."""
         self.faults.zero_()
-        grid = (len(self._tiles),)
-        if self._words:
-            _fp8_words[grid](
-                self._table,
-                self._tiles,
-                self.faults,
-                UE8M0=self._ue8m0,
-                SOURCE_FP32=self._fp32,
-                num_warps=self._num_warps,
-            )
-        else:
-            _fp8_tiles[grid](
-                self._table, self._tiles, self.faults, WIDE=1, UE8M0=self._ue8m0, SOURCE_FP32=self._fp32, num_warps=16
-            )
+        self._kernel[(len(self._tiles),)](
+            self._table, self._tiles, self.faults, **self._flags, num_warps=self._num_warps
+        )
 
 
 def _row(job: Job) -> list[int]:
@@ -90,17 +69,25 @@ def _row(job: Job) -> list[int]:
         job.source.stride(0),
         job.out.stride(0),
         job.scales.stride(0),
-        job.source.shape[0] | (job.row_start % BLOCK) << 32,
+        _pair(job.source.shape[0], job.row_start % BLOCK),
         job.source.shape[1],
+        0 if job.amax is None else job.amax.stride(0),
+        _pair(job.written.start, job.written.stop),
+        _pair(*job.block),
+        _pair(*job.scales.shape),
     ]
 
 
-def _tiles(jobs: Sequence[Job], wide: int) -> Tensor:
-    """[T, 3] int32: job, block row, first block column."""
+def _pair(low: int, high: int) -> int:
+    return low | high << 32
+
+
+def _tiles(jobs: Sequence[Job]) -> Tensor:
+    """[T, 3] int32: job, block row, block column."""
     parts = []
     for i, job in enumerate(jobs):
         rows, columns = blocks_of(job.source.shape[0], job.row_start), blocks_of(job.source.shape[1])
-        grid = torch.cartesian_prod(torch.arange(rows), torch.arange(0, columns, wide)).reshape(-1, 2)
+        grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).reshape(-1, 2)
         parts.append(torch.nn.functional.pad(grid, (1, 0), value=i))
     return torch.cat(parts).to(torch.int32)
 
@@ -108,7 +95,7 @@ def _tiles(jobs: Sequence[Job], wide: int) -> Tensor:
 def _aligned(job: Job) -> bool:
     """Rows may be read and written as vectors: what every model's matrices allow."""
     ends = (job.source.data_ptr(), job.out.data_ptr())
-    lengths = (job.source.stride(0), job.out.stride(0), job.source.shape[1])
+    lengths = (job.source.stride(0), job.out.stride(0), job.source.shape[1], job.written.start, len(job.written))
     return all(at % 16 == 0 for at in ends) and all(length % 16 == 0 for length in lengths)
 
 
@@ -159,19 +146,41 @@ def _greater(a, b):
 
 
 @triton.jit
+def _store_scale(scale, scales, scale_stride, row_of_job, block_row, block, SPREAD: tl.constexpr):
+    """The scale of a block: once, or (SPREAD > 0) to each place that an engine's finer grid has for it."""
+    if SPREAD == 0:
+        tl.store(scales + block_row * scale_stride + block, scale)
+    else:
+        phase = tl.load(row_of_job + 7) >> 32
+        first = tl.load(row_of_job + 10) & 0xFFFFFFFF
+        size = tl.load(row_of_job + 11)
+        shape = tl.load(row_of_job + 12)
+        finer = tl.arange(0, SPREAD)
+        row_size = size & 0xFFFFFFFF
+        column_size = size >> 32
+        down = block_row * (128 // row_size) - phase // row_size + finer
+        across = block * (128 // column_size) - first // column_size + finer
+        down_here = (finer < 128 // row_size) & (down >= 0) & (down < (shape & 0xFFFFFFFF))
+        across_here = (finer < 128 // column_size) & (across >= 0) & (across < (shape >> 32))
+        places = scales + down[:, None] * scale_stride + across[None, :]
+        tl.store(places, tl.broadcast_to(scale, (SPREAD, SPREAD)), mask=down_here[:, None] & across_here[None, :])
+
+
+@triton.jit
 def _fp8_words(
     jobs,
     tiles,
     faults,
     UE8M0: tl.constexpr,
     SOURCE_FP32: tl.constexpr,
+    SPREAD: tl.constexpr,
 ):
     """Sources whose rows are vectors: two bf16 elements a word, one block a program."""
     tile = tl.program_id(0)
     job = tl.load(tiles + tile * 3)
     block_row = tl.load(tiles + tile * 3 + 1)
     block = tl.load(tiles + tile * 3 + 2)
-    row_of_job = jobs + job * 9
+    row_of_job = jobs + job * _FIELDS
     source = tl.load(row_of_job)
     out = tl.load(row_of_job + 1).to(tl.pointer_type(tl.int16))
     scales = tl.load(row_of_job + 2).to(tl.pointer_type(tl.float32))
@@ -201,18 +210,25 @@ def _fp8_words(
     pairs = tl.reduce(tl.reduce(value & 0x7FFF7FFF, 0, _greater), 0, _greater)
     amax = tl.maximum(pairs & 0xFFFF, pairs >> 16)
     if others != 0:
-        amax = tl.maximum(amax, tl.load(others.to(tl.pointer_type(tl.int32)) + block_row * scale_stride + block))
+        others_stride = tl.load(row_of_job + 9)
+        amax = tl.maximum(amax, tl.load(others.to(tl.pointer_type(tl.int32)) + block_row * others_stride + block))
     if amax >= 0x7F80:
         tl.store(faults + job, 1)
     scale = tl.maximum(tl.div_rn((amax << 16).to(tl.float32, bitcast=True), 448.0), 1e-12)
     if UE8M0:
         scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-    tl.store(scales + block_row * scale_stride + block, scale)
+    _store_scale(scale, scales, scale_stride, row_of_job, block_row, block, SPREAD)
     divisor = tl.broadcast_to(scale, (128, 64))
     reciprocal = tl.broadcast_to(tl.div_rn(1.0, scale), (128, 64))
     converted = tl.inline_asm_elementwise(
         _QUOTIENTS, "=r,r,r,r,r,r,r", [value, divisor, reciprocal], dtype=tl.int16, is_pure=True, pack=2
     )
+    if SPREAD > 0:
+        written = tl.load(row_of_job + 10)
+        first = tl.multiple_of((written & 0xFFFFFFFF) // 2, 8)
+        last = tl.multiple_of((written >> 32) // 2, 8)
+        mask = mask & ((word >= first) & (word < last))[None, :]
+        out -= first
     targets = tl.multiple_of(out + row[:, None] * out_stride + word[None, :], (1, 16))
     tl.store(targets, converted, mask=mask)
 
@@ -222,15 +238,16 @@ def _fp8_tiles(
     jobs,
     tiles,
     faults,
-    WIDE: tl.constexpr,
     UE8M0: tl.constexpr,
     SOURCE_FP32: tl.constexpr,
+    SPREAD: tl.constexpr,
 ):
+    """Sources of any alignment, one block a program."""
     tile = tl.program_id(0)
     job = tl.load(tiles + tile * 3)
     block_row = tl.load(tiles + tile * 3 + 1)
-    block_column = tl.load(tiles + tile * 3 + 2)
-    row_of_job = jobs + job * 9
+    block = tl.load(tiles + tile * 3 + 2)
+    row_of_job = jobs + job * _FIELDS
     source_address = tl.load(row_of_job)
     out = tl.load(row_of_job + 1).to(tl.pointer_type(tl.float8e4nv))
     scales = tl.load(row_of_job + 2).to(tl.pointer_type(tl.float32))
@@ -244,7 +261,7 @@ def _fp8_tiles(
     phase = packed >> 32
 
     row = block_row * 128 - phase + tl.arange(0, 128)
-    column = block_column * 128 + tl.arange(0, 128 * WIDE)
+    column = block * 128 + tl.arange(0, 128)
     mask = ((row >= 0) & (row < rows))[:, None] & (column < columns)[None, :]
     offsets = row[:, None] * source_stride + column[None, :]
     if SOURCE_FP32:
@@ -254,21 +271,22 @@ def _fp8_tiles(
 
     # As integers magnitudes compare the same, and a NaN is the greatest: a maximum of floats would drop it.
     bits = value.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
-    amax = tl.max(tl.max(tl.reshape(bits, (128, WIDE, 128)), axis=2), axis=0)
-    block = block_column + tl.arange(0, WIDE)
-    inside = block * 128 < columns
+    amax = tl.max(tl.max(bits, axis=1), axis=0)
     if others != 0:
-        given = others.to(tl.pointer_type(tl.int32)) + block_row * scale_stride + block
-        amax = tl.maximum(amax, tl.load(given, mask=inside, other=0))
-    if tl.max(amax, axis=0) >= 0x7F80:
+        others_stride = tl.load(row_of_job + 9)
+        amax = tl.maximum(amax, tl.load(others.to(tl.pointer_type(tl.int32)) + block_row * others_stride + block))
+    if amax >= 0x7F80:
         tl.store(faults + job, 1)
-    scale = tl.maximum(tl.div_rn((amax << 16).to(tl.float32, bitcast=True), tl.full((WIDE,), 448.0, tl.float32)), 1e-12)
+    scale = tl.maximum(tl.div_rn((amax << 16).to(tl.float32, bitcast=True), 448.0), 1e-12)
     if UE8M0:
         scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-    tl.store(scales + block_row * scale_stride + block, scale, mask=inside)
+    _store_scale(scale, scales, scale_stride, row_of_job, block_row, block, SPREAD)
 
-    grid = tl.reshape(value.to(tl.float32), (128, WIDE, 128))
-    divisor = tl.broadcast_to(scale[None, :, None], (128, WIDE, 128))
-    quotient = tl.minimum(tl.maximum(tl.div_rn(grid, divisor), -448.0), 448.0)
-    converted = tl.reshape(quotient.to(tl.float8e4nv), (128, 128 * WIDE))
-    tl.store(out + row[:, None] * out_stride + column[None, :], converted, mask=mask)
+    divisor = tl.broadcast_to(scale, (128, 128))
+    quotient = tl.minimum(tl.maximum(tl.div_rn(value.to(tl.float32), divisor), -448.0), 448.0)
+    if SPREAD > 0:
+        written = tl.load(row_of_job + 10)
+        first = written & 0xFFFFFFFF
+        mask = mask & ((column >= first) & (column < written >> 32))[None, :]
+        out -= first
+    tl.store(out + row[:, None] * out_stride + column[None, :], quotient.to(tl.float8e4nv), mask=mask)
