@@ -76,9 +76,9 @@ class _Fleet:
         payload = sum(self._base["bytes"])
         convert_s, measure_s = [max(self._all(word)) for word in ("convert", "measure")]
         wire_s, both_s = self._push("write"), self._push("convert_and_write")
+        equal = self._check()  # before pushes whose last words have no digests
         unmeasured_s = self._push("convert_and_write", verify="off")
         floor_s = max(self._all("floor"))
-        equal = self._check()
         return [
             row_of("wire alone, prepared transfers", payload, wire_s, copy_gbps) | self._base | equal,
             row_of("convert alone", payload, convert_s, copy_gbps),

@@ -19,7 +19,7 @@ class Job:
     out: [r, written columns] float8_e4m3fn, any row stride.
     scales: fp32 rows, one scale for each `block` that rows and written columns touch.
     row_start: index of the first row in its tensor; only its place in the block matters.
-    columns: which of the source's are written; they begin with a `block`. None for all.
+    columns: which of the source's are written; they begin in its first block, with a `block`. None for all.
     block: rows and columns that one scale is for; they divide BLOCK.
     amax: [blocks of rows, blocks of columns] int32, bf16 bits found on other ranks in blocks that straddle them; None if none does.
     """
