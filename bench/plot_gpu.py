@@ -1,6 +1,6 @@
 """The picture of docs/performance.md: what GPU benches reached, against the roof that the same run measured.
 
-python -m bench.plot_gpu RESULTS/gpu-h100.json RESULTS/gpu2-h100.json --out docs/gpu.png
+python -m bench.plot_gpu RESULTS/gpu-h200.json RESULTS/gpu2-h200.json --out docs/gpu.png
 """
 
 from __future__ import annotations
