@@ -166,7 +166,6 @@ class _TrainerProcess:
             local=held[rank],
             layouts=[local.layout(each) for each, local in enumerate(held)],
             format_="auto",
-            agree=_alone,
             group_bytes=group_bytes,
         )
         self._agent = Agent(f"trainer-{rank}")
@@ -302,7 +301,3 @@ def _drain(window: list[Transfer]) -> None:
             pass
         transfer.release()
     window.clear()
-
-
-def _alone(amax: torch.Tensor) -> torch.Tensor:
-    return amax

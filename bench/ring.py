@@ -129,7 +129,6 @@ def arena_of(local: LocalSources, budget: int | None) -> SlotArena:
         local=local,
         layouts=[local.layout(0)],
         format_="auto",
-        agree=lambda amax: amax,
         budget_bytes=budget,
     )
 

@@ -28,6 +28,7 @@ from weightsync.rendezvous.handshake import Applied
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.progress import PushProgress
 from weightsync.rendezvous.records import Claim, Member, PushRecord, Verdict, Vote, WriterReport
+from weightsync.scale_exchange import ScaleExchange
 from weightsync.telemetry import Stopwatch, trace_events, write_trace
 from weightsync.waiting import Deadline, wait_until
 from weightsync.wire import Decision, PushSummary, ReplicaState
@@ -51,12 +52,22 @@ LEASE_LOOK_S = 0.25
 class Coordinator:
     """Runs the pushes of one epoch on trainer rank 0."""
 
-    def __init__(self, *, contract: Contract, epoch: int, world_size: int, ledger: Ledger, writer: Writer) -> None:
+    def __init__(
+        self,
+        *,
+        contract: Contract,
+        epoch: int,
+        world_size: int,
+        ledger: Ledger,
+        writer: Writer,
+        exchange: ScaleExchange,
+    ) -> None:
         self._contract = contract
         self._epoch = epoch
         self._world_size = world_size
         self._ledger = ledger
         self._writer = writer
+        self._scales = exchange
         self.watch = Stopwatch()
         """Of the last push."""
         self._leases_seen_at = 0.0
@@ -171,7 +182,7 @@ class Coordinator:
             self._ledger.report_planned(record.push_id, 0)
             wait(others, lambda: progress.planned, "trainer ranks have not planned")
         with phases.phase("convert"):
-            prepare(self._writer, record, self._contract)
+            prepare(self._writer, record, self._contract, self._scales, deadline)
             self._ledger.report_ready(record.push_id, 0)
             wait(others, lambda: progress.ready, "trainer ranks are not ready to write")
         with phases.phase("open"):

@@ -24,6 +24,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from weightsync import collector
 from weightsync.accounts import unaccounted
@@ -50,7 +51,8 @@ from weightsync.rendezvous.heartbeat import writer_heartbeat
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.modelexpress import Rendezvous
 from weightsync.rendezvous.records import PushRecord, WriterReport
-from weightsync.slots import Agree, SlotArena
+from weightsync.scale_exchange import ScaleExchange
+from weightsync.slots import SlotArena
 from weightsync.telemetry import Stopwatch
 from weightsync.transport import Agent
 from weightsync.transport.agent import transports_in_use
@@ -123,9 +125,9 @@ class Publisher:
             local=self._local,
             layouts=layouts,
             format_=contract.transfer.format,
-            agree=self._make_agree(),
             budget_bytes=contract.transfer.arena_budget_bytes,
         )
+        self._scales = ScaleExchange(_store(), self._rank, self._world_size)
         self._writer = Writer(rank=self._rank, agent=self._agent, slots=slots, rendezvous=self._rendezvous)
         self._coordinator = self._make_coordinator()
         self._held: PushSummary | None = None
@@ -194,10 +196,14 @@ class Publisher:
         self.close()
 
     def _push_once(self, step: int) -> PushSummary:
-        if self._coordinator is not None:
+        try:
+            if self._coordinator is None:
+                return self._follow_push(step)
             self._sequence += 1
             return self._coordinator.push(step=step, sequence=self._sequence)
-        return self._follow_push(step)
+        except Exception:
+            self._scales.forget()
+            raise
 
     def _follow_push(self, step: int) -> PushSummary:
         """Take part in the coordinator's next push; catch-ups that it began meanwhile are refused, the arena has changed."""
@@ -231,7 +237,7 @@ class Publisher:
             self._ledger.report_planned(record.push_id, self._rank)
             with watch.phase("convert"):
                 self._wait_planned(record, deadline)
-                prepare(self._writer, record, self._contract)
+                prepare(self._writer, record, self._contract, self._scales, deadline)
             self._ledger.report_ready(record.push_id, self._rank)
             replicas = wait_until(
                 lambda: self._may_write(record),
@@ -359,25 +365,8 @@ class Publisher:
             world_size=self._world_size,
             ledger=self._ledger,
             writer=self._writer,
+            exchange=self._scales,
         )
-
-    def _make_agree(self) -> Agree:
-        """The exchange of FP8 scales, over a gloo group of its own with the push's deadline."""
-        if self._world_size == 1:
-            return lambda amax: amax
-        timeout_s = self._contract.transfer.timeout_seconds
-        group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-
-        def agree(amax: torch.Tensor) -> torch.Tensor:
-            try:
-                dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=group)
-            except RuntimeError as error:
-                raise TransportError(
-                    f"trainer ranks did not agree on FP8 scales within {timeout_s:.0f} s: {error}"
-                ) from error
-            return amax
-
-        return agree
 
     def _agree_on_epoch(self, given: int | None) -> int:
         """The operator's epoch, or the next free one; rank 0 asks the ledger and tells the others."""
@@ -413,6 +402,11 @@ class Publisher:
 def _position() -> tuple[int, int]:
     """(rank, world size); never from a device index, which is 0 wherever a process sees one GPU."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _store() -> Any:
+    """torch's, which all ranks share; None for a process alone. Torch has no public name for it."""
+    return distributed_c10d._get_default_store() if dist.is_initialized() else None
 
 
 def _config_of(model: torch.nn.Module) -> dict[str, Any]:

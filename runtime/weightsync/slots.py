@@ -25,10 +25,7 @@ from weightsync.layout.packing import Packed, in_terms_of, pack
 from weightsync.layout.records import SourceLayout, SourceTensor, TargetLayout
 from weightsync.layout.ring import Ring, make_ring, placed
 from weightsync.layout.shards import LocalPiece, LocalSources
-
-Agree = Callable[[Tensor], Tensor]
-"""The element-wise maximum of an int32 vector over all trainer ranks; called by all of them for the same lengths."""
-
+from weightsync.scale_exchange import Agree, alone
 
 View = Callable[[int, int, str], Tensor]
 """(offset in bytes, elements, dtype) -> those elements of the arena."""
@@ -50,7 +47,6 @@ class SlotArena:
         local: LocalSources,
         layouts: Sequence[SourceLayout],
         format_: str,
-        agree: Agree,
         budget_bytes: int | None = None,
         group_bytes: int | None = None,
     ) -> None:
@@ -62,7 +58,6 @@ class SlotArena:
         """A piece of each parameter: by them it is seen whether the model moved."""
         self._held = layouts
         self._format = format_
-        self._agree = agree
         self._budget_bytes = budget_bytes
         self._group_bytes = ring.group_bytes(budget_bytes) if group_bytes is None else group_bytes
         self._packed = Packed({}, {}, {})
@@ -125,20 +120,20 @@ class SlotArena:
         """Parts of the arena that may be filled, and sent, one after the other; where they lie is `ring`'s."""
         return self._mine.groups
 
-    def fill(self) -> None:
-        """Convert the model's weights as they are now. All ranks call it together when FP8 blocks straddle them.
+    def fill(self, agree: Agree = alone) -> None:
+        """Convert the model's weights as they are now. All ranks call it together, with an `agree`, when FP8 blocks straddle them.
 
         Raises ConversionError naming a tensor with an infinity or a NaN; the arena must not be sent then.
         """
         assert self.ring.whole, "a ring is filled group by group, as memory becomes free"
-        self.begin()
+        self.begin(agree)
         for number in range(len(self.groups)):
             self.fill_group(number)
         self.check()
 
-    def begin(self) -> None:
+    def begin(self, agree: Agree = alone) -> None:
         """Agree on blocks that straddle ranks, before the first group. All ranks call it together when there are any."""
-        self._agreed = self._exchange()
+        self._agreed = self._exchange(agree)
         if self._device.type == "cuda":
             self._prepare_device().begin(self._agreed)
 
@@ -208,11 +203,12 @@ class SlotArena:
             return rows[:, slot.columns.start : slot.columns.stop]
         return rows[:, slot.columns.blocks.start * BLOCK : slot.columns.blocks.stop * BLOCK]
 
-    def _exchange(self) -> dict[tuple[str, int], Tensor]:
+    def _exchange(self, agree: Agree) -> dict[tuple[str, int], Tensor]:
         """Greatest amax over all ranks of each straddled block row, by carried tensor and block row."""
         straddled = self._straddled
         if not straddled.total:
             return {}
+        assert agree is not alone, "ranks that share FP8 blocks agree on their scales"
         vector = torch.zeros(straddled.total, dtype=torch.int32)
         for slot in self._mine.slots:
             if slot.scales is None:
@@ -224,7 +220,7 @@ class SlotArena:
                     part = fp8.block_amax(rows[low:high], slot.row_start + low)[0].cpu()
                     here = vector[place : place + len(part)]
                     torch.maximum(here, part, out=here)
-        vector = self._agree(vector)
+        vector = agree(vector)
         return {
             key: vector[place : place + straddled.widths[key]].to(self._device)
             for key, place in straddled.places.items()

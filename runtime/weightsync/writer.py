@@ -29,6 +29,7 @@ from weightsync.rendezvous.fencing import Notification
 from weightsync.rendezvous.incarnation import RankKey, replica_ranks
 from weightsync.rendezvous.modelexpress import EngineDescriptor
 from weightsync.rendezvous.records import PushRecord
+from weightsync.scale_exchange import Agree, alone
 from weightsync.slots import SlotArena
 from weightsync.telemetry import Span
 from weightsync.transport import Agent, Region, Transfer, TransferState
@@ -144,14 +145,14 @@ class Writer:
                 self._peers[key] = self._connect(self._met[key])
         return {digest: self._planned[digest].plan.digest for digest in {self._met[key].layout_digest for key in keys}}
 
-    def fill(self) -> None:
+    def fill(self, agree: Agree = alone) -> None:
         """Convert the model as it is now into the arena. Raises ConversionError naming a tensor.
 
         Waits first for transfers to peers that were lost in an earlier push: they read the arena.
         """
         self._wait_stuck()
         self._partials.clear()
-        self._slots.fill()
+        self._slots.fill(agree)
 
     def measure(self, record: PushRecord) -> None:
         """Digest what the arena brings to each layout of a push, unless that was done since it was filled."""
@@ -179,12 +180,12 @@ class Writer:
             self._wait_terminal([t for peer in peers.values() for t in peer.prepared], deadline, record.push_id)
             raise
 
-    def begin(self) -> None:
+    def begin(self, agree: Agree = alone) -> None:
         """Before `convert_and_write`, and before any engine is opened: agree with the other ranks on FP8 blocks that straddle them.
 
-        Waits for them, as long as their exchange lets it; writes nothing to the arena.
+        Waits for them as long as `agree` does; writes nothing to the arena.
         """
-        self._slots.begin()
+        self._slots.begin(agree)
 
     def convert_and_write(
         self, record: PushRecord, replicas: Set[str], deadline: Deadline, lost: Callable[[], Set[str]]

@@ -252,7 +252,6 @@ class Pusher:
             local=self._local,
             layouts=[local.layout(i) for i, local in enumerate(locals_)],
             format_="auto",
-            agree=lambda amax: amax,
             budget_bytes=budget_bytes,
         )
         self.slots = slots

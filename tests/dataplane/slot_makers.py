@@ -73,14 +73,14 @@ def fill_all(
     held = [local.layout(rank) for rank, local in enumerate(locals_)]
     meeting = Meeting(len(held))
     arenas = [
-        SlotArena(rank=rank, local=local, layouts=held, format_=format_, agree=meeting.agree, group_bytes=group_bytes)
+        SlotArena(rank=rank, local=local, layouts=held, format_=format_, group_bytes=group_bytes)
         for rank, local in enumerate(locals_)
     ]
     faults: list[Exception] = []
 
     def work(arena: SlotArena) -> None:
         try:
-            arena.fill()
+            arena.fill(meeting.agree)
         except Exception as error:
             faults.append(error)
 

@@ -27,6 +27,7 @@ from weightsync.errors import PushAborted
 from weightsync.rendezvous.handshake import Applied
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.records import PushRecord, Vote
+from weightsync.scale_exchange import ScaleExchange
 from weightsync.waiting import Deadline
 from weightsync.wire import Decision
 from weightsync.writer import Written
@@ -90,10 +91,10 @@ class Writer:
     def learn(self, *_: Any, **__: Any) -> dict[str, str]:
         return {"layout": "plan"}
 
-    def begin(self) -> None:
+    def begin(self, _: object) -> None:
         self.calls.append("begin")
 
-    def fill(self) -> None:
+    def fill(self, _: object) -> None:
         self.calls.append("fill")
 
     def measure(self, record: PushRecord) -> None:
@@ -144,7 +145,14 @@ class Fleet:
         )
         writer: Any = self.writer
         self._made.append(
-            Coordinator(contract=contract, epoch=self.epoch, world_size=1, ledger=self.ledger, writer=writer)
+            Coordinator(
+                contract=contract,
+                epoch=self.epoch,
+                world_size=1,
+                ledger=self.ledger,
+                writer=writer,
+                exchange=ScaleExchange(None, 0, 1),
+            )
         )
         return self._made[-1].push(step=1, sequence=len(self._made))
 
@@ -255,7 +263,7 @@ def test_a_push_waits_for_as_many_members_as_the_quorum_needs(fleet: Fleet) -> N
 def test_an_error_of_the_device_ends_the_push_at_once(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is no error of ours: the caller has it as it is, and the engines hear of it without waiting for the deadline."""
 
-    def fill() -> None:
+    def fill(_: object) -> None:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(fleet.writer, "fill", fill)

@@ -82,7 +82,7 @@ def test_parameters_on_the_host_beside_others_are_carried_from_the_host() -> Non
     """FSDP2 offloads parameters, not buffers. The meta device stands for a second one: an arena there could hold no bytes."""
     named = {"w": torch.ones(4, 4, device="meta"), "b": torch.ones(4)}
     local = sources_of(named.items(), DENSE)
-    arena = SlotArena(rank=0, local=local, layouts=[local.layout(0)], format_="auto", agree=lambda amax: amax)
+    arena = SlotArena(rank=0, local=local, layouts=[local.layout(0)], format_="auto")
     wanted = engine([SourceTensor("b", (4,), "bfloat16")])
     assert arena.lay_out({"d": wanted})
     assert arena.buffer.device.type == "cpu"
@@ -128,7 +128,7 @@ def test_an_arena_is_laid_out_once_for_the_same_wishes() -> None:
         engine([SourceTensor("norm", (300,), "bfloat16")]),
     )
     (local,) = shard(weights, 1)
-    arena = SlotArena(rank=0, local=local, layouts=[local.layout(0)], format_="auto", agree=lambda amax: amax)
+    arena = SlotArena(rank=0, local=local, layouts=[local.layout(0)], format_="auto")
     assert not arena.carries({"q": quantized})
     assert arena.lay_out({"q": quantized})
     assert not arena.lay_out({"q": quantized, "again": quantized})
@@ -152,7 +152,7 @@ def test_an_arena_is_laid_out_once_for_the_same_wishes() -> None:
 )
 def test_a_format_that_the_engines_do_not_want_is_refused(format_: str, layout: TargetLayout, match: str) -> None:
     (local,) = shard({"w": torch.randn(128, 128)}, 1)
-    arena = SlotArena(rank=0, local=local, layouts=[local.layout(0)], format_=format_, agree=lambda amax: amax)
+    arena = SlotArena(rank=0, local=local, layouts=[local.layout(0)], format_=format_)
     with pytest.raises(PlanError, match=match):
         arena.lay_out({"d": layout})
 

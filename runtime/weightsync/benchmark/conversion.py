@@ -61,6 +61,6 @@ def _arena(source: torch.Tensor, dtype: str) -> SlotArena:
     local = LocalSources(
         (SourceTensor(SOURCE, shape, "bfloat16"),), (LocalPiece(SOURCE, 0, source.numel(), 0, source, 0),)
     )
-    arena = SlotArena(rank=0, local=local, layouts=[local.layout(0)], format_="auto", agree=lambda amax: amax)
+    arena = SlotArena(rank=0, local=local, layouts=[local.layout(0)], format_="auto")
     arena.lay_out({layout.digest(): layout})
     return arena

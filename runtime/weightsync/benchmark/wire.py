@@ -132,7 +132,7 @@ class _Trainer:
             (SourceTensor(SOURCE, tuple(weight.shape), "bfloat16"),),
             (LocalPiece(SOURCE, 0, weight.numel(), 0, weight, 0),),
         )
-        self._slots = SlotArena(rank=0, local=local, layouts=[local.layout(0)], format_="auto", agree=lambda amax: amax)
+        self._slots = SlotArena(rank=0, local=local, layouts=[local.layout(0)], format_="auto")
         self._writer = Writer(rank=0, agent=agent, slots=self._slots, rendezvous=self)
         members = {engine.replica: replica_incarnation([engine.incarnation]) for engine in engines}
         self._plans = self._writer.learn(members, Deadline(ANSWER_S), catch_up=False)

@@ -255,7 +255,7 @@ class _Engines:
     def _make_writer(self, weights: Mapping[str, torch.Tensor]) -> Writer:
         local = sources_of(weights.items(), DENSE)
         self._agent = Agent(f"{self._session}/trainer")
-        slots = SlotArena(rank=0, local=local, layouts=[local.layout(0)], format_="auto", agree=lambda amax: amax)
+        slots = SlotArena(rank=0, local=local, layouts=[local.layout(0)], format_="auto")
         self._writer = Writer(rank=0, agent=self._agent, slots=slots, rendezvous=self)
         return self._writer
 
