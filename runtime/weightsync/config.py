@@ -32,7 +32,7 @@ class ModelSection(_Section):
 
     path: str
     """Folder with config.json and safetensors files, as mounted in the pods."""
-    dtype: Literal["bfloat16"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
 class RedisTlsSection(_Section):

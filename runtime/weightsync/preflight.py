@@ -37,6 +37,9 @@ ARCHITECTURES = frozenset(
 """Families with a mapping in `layout.families`, each tested against what its module saves."""
 PUSHED_DTYPES = frozenset({"BF16", "F32"})
 
+STORED_BYTES = {"BF16": 2, "F32": 4}
+"""An element of what engines keep in their own dtype."""
+
 QUANTIZED_DTYPES = frozenset({"F8_E4M3"})
 BLOCK = [128, 128]
 """Rows and columns of an FP8 block that a push can write."""
@@ -59,6 +62,8 @@ class Question:
     expert_parallel: int = 1
     quantization: str = "none"
     """none, or fp8: a serialized checkpoint with blocks of 128 x 128."""
+    dtype: str = "bfloat16"
+    """bfloat16 or float32: what engines keep what is not FP8 in."""
     staging_budget_bytes: int | None = None
     """What a staged push may take in one engine rank; None for no bound."""
     host_limit_bytes: int | None = None
@@ -76,6 +81,7 @@ class Question:
                 data_parallel=int(value.get("dataParallel", 1)),
                 expert_parallel=int(value.get("expertParallel", 1)),
                 quantization=str(value.get("quantization", "none")),
+                dtype=str(value.get("dtype", "bfloat16")),
                 staging_budget_bytes=_whole(value.get("stagingBudgetBytes")),
                 host_limit_bytes=_whole(value.get("hostLimitBytes")),
             )
@@ -274,12 +280,13 @@ def _tensor_faults(tensors: Mapping[str, Any], question: Question) -> Iterator[F
 
 
 def _memory_faults(config: Mapping[str, Any], tensors: Mapping[str, Any], question: Question) -> Iterator[Fault]:
-    """What cannot fit for certain: a rank stages at least its even share of the weights. Engines hold fp32 tensors as bf16.
+    """What cannot fit for certain: a rank stages at least its even share of the weights. Engines hold all but FP8 in their dtype.
 
     Data-parallel ranks of a dense model hold a copy each; of a mixture of experts they share at least the experts.
     """
     stored = ((tensor["dtype"], tensor["data_offsets"]) for tensor in tensors.values())
-    once = sum((end - start) // (2 if dtype == "F32" else 1) for dtype, (start, end) in stored)
+    kept_bytes = 4 if question.dtype == "float32" else 2
+    once = sum((end - start) * kept_bytes // STORED_BYTES.get(dtype, kept_bytes) for dtype, (start, end) in stored)
     staged = once if _experts(config) else once * question.data_parallel
     share = staged // (question.tensor_parallel * question.data_parallel)
     budget, limit = question.staging_budget_bytes, question.host_limit_bytes

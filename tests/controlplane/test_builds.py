@@ -248,6 +248,19 @@ def test_engines_share_experts_when_told_to_and_the_preflight_is_asked_whether_t
     assert (question.expert_parallel, question.quantization) == (4, "fp8")
 
 
+def test_the_dtype_of_engines_reaches_engines_contract_and_preflight() -> None:
+    assert _engine(render(make_context()))["args"].count("bfloat16") == 1
+    ctx = make_context(model={"dtype": "float32"})
+    told = " ".join(_engine(render(ctx))["args"])
+    assert "--dtype float32" in told and "bfloat16" not in told
+    assert _contract(model={"dtype": "float32"}).model.dtype == "float32"
+    pod = preflight_pod(ctx, render(ctx))
+    assert (
+        Question.load({entry["name"]: entry["value"] for entry in pod["spec"]["containers"][0]["env"]}).dtype
+        == "float32"
+    )
+
+
 def test_all_data_parallel_ranks_of_an_engine_are_one_pod_with_one_api_server() -> None:
     ctx = make_context(inference={"gpus": 8, "parallelism": {"tp": 2, "dp": 4, "ep": 8}})
     engine = _engine(render(ctx))

@@ -62,6 +62,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "fp8 in and fp8 out": {"inference": {"quantization": "fp8"}, "transfer": {"format": "fp8-128x128-ue8m0"}},
     "fp8 and whatever engines want": {"inference": {"quantization": "fp8"}},
     "plain and bf16": {"inference": {"quantization": "none"}, "transfer": {"format": "bf16"}},
+    "engines in fp32": {"model": {"dtype": "float32"}},
     "a named state of the model": {"model": {"revision": "refs/pr/7"}},
     "metrics and traces": {"telemetry": {"metricsPort": 9400, "traceFolder": "/tmp/traces"}},
     "metrics of eight ranks below the gang's port": {
@@ -221,6 +222,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unknown verify": ({"transfer": {"verify": "maybe"}}, "spec.transfer.verify"),
     "unknown cache policy": ({"transfer": {"prefixCache": "drop"}}, "spec.transfer.prefixCache"),
     "relative path": ({"model": {"hostPath": "models"}}, "spec.model.hostPath"),
+    "engines in fp16": ({"model": {"dtype": "float16"}}, "spec.model.dtype"),
     "a state without a name": ({"model": {"revision": ""}}, "spec.model.revision"),
     "metrics at a port for root": ({"telemetry": {"metricsPort": 80}}, "spec.telemetry.metricsPort"),
     "metrics beyond the last port": (

@@ -161,6 +161,9 @@ def test_staging_that_cannot_fit_is_refused_with_the_numbers(model: Path) -> Non
     assert _ask(model, 2, host_limit_bytes=16).ok
     _write_tensors(model / "model.safetensors", dtype="F32")
     assert _ask(model, 2, staging_budget_bytes=4).ok
+    assert "8 bytes of weights a rank" in _ask(model, 2, staging_budget_bytes=4, dtype="float32").errors[0].message
+    _write_tensors(model / "model.safetensors")
+    assert "16 bytes of weights a rank" in _ask(model, 2, staging_budget_bytes=8, dtype="float32").errors[0].message
 
 
 def test_a_missing_folder_config_or_weights_is_told(tmp_path: Path, model: Path) -> None:

@@ -444,3 +444,20 @@ async def test_only_what_is_whole_and_asked_for_is_lent(open_ledger: Callable[..
         with pytest.raises(FencedOut, match="engine-0 is"):
             await scene.replica.lend(mine)
     assert scene.engine.calls == ["lend"]
+
+
+@pytest.mark.asyncio
+async def test_a_rank_that_stands_still_is_told_by_readiness_and_liveness_until_it_answers(
+    open_ledger: Callable[..., Ledger], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own health check passes beside a frozen worker: nobody else would restart the pod."""
+    scene = Scene(open_ledger)
+    scene.engine.describes.clear()
+    asking = asyncio.create_task(scene.replica._rpc("weightsync_describe"))
+    await asyncio.sleep(0)
+    assert scene.replica.stuck == ""
+    monkeypatch.setattr("weightsync.vllm.calls.ANSWER_S", 0.0)
+    assert scene.replica.refusal() == "the engine's ranks have not all answered weightsync_describe for 0 s"
+    scene.engine.describes.set()
+    await asking
+    assert (scene.replica.stuck, scene.replica.refusal()) == ("", "")

@@ -81,6 +81,9 @@ class ModelSpec(Section):
     ) = later(None)
     """Which state of the files this is, in your own words: a tag, a commit, a date. Another one says that the files were
     replaced: the preflight looks at them again, and trainer and engines start anew from them, at version 0 of a new session."""
+    dtype: Literal["bfloat16", "float32"] = later("bfloat16")
+    """What engines keep unquantized weights in and compute with. float32 takes twice the memory; values are those of the
+    checkpoint's dtype in both."""
     path: AbsolutePath | None = None
     """Folder inside the trainer's and engines' images."""
     host_path: AbsolutePath | None = None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import logging
 import threading
 import time
@@ -18,7 +17,6 @@ from typing import Any, Protocol
 from weightsync.config import Contract, PodFacts
 from weightsync.errors import ConfigError, DeadlineExceeded, FencedOut, LedgerUnavailable, WeightSyncError
 from weightsync.metrics import ReplicaMetrics
-from weightsync.rank_state import Description
 from weightsync.rendezvous.handshake import Applied
 from weightsync.rendezvous.heartbeat import Heartbeat
 from weightsync.rendezvous.incarnation import replica_incarnation
@@ -26,6 +24,7 @@ from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.records import Member, PushRecord, Verdict
 from weightsync.repair import Repairer
 from weightsync.telemetry import Stopwatch
+from weightsync.vllm.calls import Callee, Calls
 from weightsync.vllm.pauses import Pausable, Pauses, within
 from weightsync.vllm.ranks import require_every_rank
 from weightsync.vllm.view import View
@@ -41,10 +40,9 @@ GIVE_UP_S = 1.0
 """How long the answer to a push that was not opened waits for its abort; requests that hold a pause up may take longer."""
 
 
-class Engine(Pausable, Protocol):
+class Engine(Pausable, Callee, Protocol):
     """The part of vLLM's EngineClient that a replica needs."""
 
-    async def collective_rpc(self, method: str, timeout: float | None = None, args: tuple = ()) -> list[Any]: ...
     async def check_health(self) -> None: ...
 
 
@@ -61,7 +59,7 @@ class Replica:
         together: bool = False,
     ) -> None:
         """engine: its `collective_rpc` returns what the workers of all engine cores say. together: these go on by consensus."""
-        self._engine = engine
+        self._calls = Calls(engine)
         self._pauses = Pauses(engine, together=together)
         self._contract = contract
         self._facts = facts
@@ -86,8 +84,8 @@ class Replica:
 
     @property
     def stuck(self) -> str:
-        """Why the engine computes nothing though it should: a rank of it has not gone on; empty otherwise."""
-        return self._pauses.stuck
+        """Why the engine computes nothing though it should: a rank of it has not gone on, or stands still; empty otherwise."""
+        return self._pauses.stuck or self._calls.stuck
 
     def metrics(self) -> bytes:
         """The text for a Prometheus scrape."""
@@ -299,7 +297,7 @@ class Replica:
     async def _join(self) -> None:
         while not self.view.ranks:
             try:
-                ranks = await self._ask("weightsync_start", self.name)
+                ranks = await self._calls.start(self.name)
                 require_every_rank(ranks, pod_uid=self._facts.uid)
                 self._note(ranks=ranks)
             except ConfigError as error:
@@ -356,16 +354,7 @@ class Replica:
 
     async def _rpc(self, method: str, *args: str) -> None:
         """Call all ranks and take over what they say. Raises what a rank refused."""
-        self._note(ranks=await self._ask(method, *args))
-
-    async def _ask(self, method: str, *args: str) -> tuple[Description, ...]:
-        """What all ranks say to a call. Raises what a rank refused."""
-        answers = [json.loads(answer) for answer in await self._engine.collective_rpc(method, args=args)]
-        refused = [answer for answer in answers if "error" in answer]
-        if refused:
-            kind = FencedOut if refused[0]["error"] == FencedOut.__name__ else WeightSyncError
-            raise kind(refused[0]["message"])
-        return tuple(Description(**answer) for answer in answers)
+        self._note(ranks=await self._calls.ask(method, *args))
 
     def _note_committed(self, version: int) -> None:
         """What the session has committed; requests are refused from here on if the replica is too far behind it."""

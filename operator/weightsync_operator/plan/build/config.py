@@ -29,7 +29,7 @@ def contract(ctx: Context) -> dict[str, Any]:
         "session": ctx.session,
         "name": ctx.owner.name,
         "namespace": ctx.owner.namespace,
-        "model": {"path": ctx.model_path, "dtype": "bfloat16"},
+        "model": {"path": ctx.model_path, "dtype": ctx.spec.model.dtype},
         "redis": _redis(ctx),
         "modelExpress": {"address": ctx.model_express_address},
         "endpoint": {"port": INFERENCE_PORT, "tokenFile": f"{SECRETS_FOLDER}/endpoint-token"},

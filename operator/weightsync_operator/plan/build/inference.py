@@ -79,7 +79,7 @@ def _arguments(ctx: Context) -> list[str]:
     return [
         *("--served-model-name", ctx.model_name),
         *("--host", "0.0.0.0", "--port", str(INFERENCE_PORT)),
-        *("--dtype", "bfloat16"),
+        *("--dtype", ctx.spec.model.dtype),
         *("--tensor-parallel-size", str(parallelism.tp)),
         *_data_parallel(parallelism.dp),
         *(("--enable-expert-parallel",) if parallelism.ep > 1 else ()),

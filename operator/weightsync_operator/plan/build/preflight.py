@@ -58,6 +58,7 @@ def _later_questions(ctx: Context, engines: Manifest) -> Manifest:
     inference, budget_gib = ctx.spec.inference, ctx.spec.transfer.staging_budget_gib
     asked = {
         "modelRevision": ctx.spec.model.revision,  # not read there: another one is another question
+        "dtype": ctx.spec.model.dtype if ctx.spec.model.dtype != "bfloat16" else None,
         "dataParallel": inference.parallelism.dp if inference.parallelism.dp > 1 else None,
         "expertParallel": inference.parallelism.ep if inference.parallelism.ep > 1 else None,
         "quantization": inference.quantization,
