@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -227,7 +228,7 @@ class PodFacts(BaseModel):
             raise ConfigError(f"WEIGHTSYNC_EPOCH={epoch!r}: must be a positive integer")
         return cls(
             name=environ.get("POD_NAME", f"process-{os.getpid()}"),
-            uid=environ.get("POD_UID", f"pid-{os.getpid()}"),
+            uid=environ.get("POD_UID", f"host-{platform.node()}"),  # alike in all processes of an engine
             ip=environ.get("POD_IP", "127.0.0.1"),
             epoch=None if epoch is None else int(epoch),
             local_rank=int(environ.get("LOCAL_RANK", "0")),
