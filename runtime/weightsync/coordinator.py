@@ -179,10 +179,12 @@ class Coordinator:
         others = set(range(1, self._world_size))
         wait = partial(self._wait_ranks, record, participants, progress, deadline)
         with phases.phase("plan"):
-            self._ledger.report_planned(record.push_id, 0)
+            group = self._scales.group
+            self._ledger.report_planned(record.push_id, 0, group)
             wait(others, lambda: progress.planned, "trainer ranks have not planned")
         with phases.phase("convert"):
-            prepare(self._writer, record, self._contract, self._scales, deadline)
+            agree = self._scales.within(record.push_id, deadline, {**progress.planned, 0: group})
+            prepare(self._writer, record, self._contract, agree)
             self._ledger.report_ready(record.push_id, 0)
             wait(others, lambda: progress.ready, "trainer ranks are not ready to write")
         with phases.phase("open"):

@@ -183,6 +183,7 @@ class Publisher:
         with self._lock:
             self._lease.close()
             self._writer.close()
+            self._scales.forget()
             self._agent.close()
             self._rendezvous.close()
             if self._coordinator is not None:
@@ -234,10 +235,10 @@ class Publisher:
         try:
             with watch.phase("plan"):
                 check_plans(record, self._writer.learn(record.members, deadline, catch_up=record.catch_up))
-            self._ledger.report_planned(record.push_id, self._rank)
+            self._ledger.report_planned(record.push_id, self._rank, self._scales.group)
             with watch.phase("convert"):
-                self._wait_planned(record, deadline)
-                prepare(self._writer, record, self._contract, self._scales, deadline)
+                agree = self._scales.within(record.push_id, deadline, self._wait_planned(record, deadline))
+                prepare(self._writer, record, self._contract, agree)
             self._ledger.report_ready(record.push_id, self._rank)
             replicas = wait_until(
                 lambda: self._may_write(record),
@@ -259,10 +260,15 @@ class Publisher:
         with self._writer.delivering():
             return self._outcome(record, deadline)
 
-    def _wait_planned(self, record: PushRecord, deadline: Deadline) -> None:
+    def _wait_planned(self, record: PushRecord, deadline: Deadline) -> dict[int, str]:
         """Until every rank has planned: in an exchange of scales, one that stays away would hold the others."""
-        wait_until(
-            lambda: self._go_on(record, len(self._ledger.planned(record.push_id)) == self._world_size or None),
+
+        def fetch() -> dict[int, str] | None:
+            groups = self._ledger.planned(record.push_id)
+            return self._go_on(record, groups if len(groups) == self._world_size else None)
+
+        return wait_until(
+            fetch,
             deadline=deadline,
             what=f"push {record.push_id}: trainer ranks have not planned",
         )

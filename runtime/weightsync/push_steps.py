@@ -13,7 +13,7 @@ from weightsync.config import Contract
 from weightsync.errors import LedgerUnavailable, WeightSyncError
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.records import PushRecord, WriterReport
-from weightsync.scale_exchange import ScaleExchange
+from weightsync.scale_exchange import Agree
 from weightsync.telemetry import Stopwatch
 from weightsync.transport.agent import transports_in_use
 from weightsync.waiting import Deadline
@@ -27,11 +27,8 @@ def converts_on_the_wire(record: PushRecord, contract: Contract) -> bool:
     return contract.transfer.commit == "staged" and not record.catch_up
 
 
-def prepare(
-    writer: Writer, record: PushRecord, contract: Contract, exchange: ScaleExchange, deadline: Deadline
-) -> None:
+def prepare(writer: Writer, record: PushRecord, contract: Contract, agree: Agree) -> None:
     """Convert and measure whatever must be known before the first byte leaves; all ranks do, and wait for each other."""
-    agree = exchange.within(record.push_id, deadline)
     if converts_on_the_wire(record, contract):
         writer.begin(agree)
         return

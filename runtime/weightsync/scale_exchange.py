@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -25,33 +25,43 @@ def alone(amax: Tensor) -> Tensor:
 class ScaleExchange:
     """The exchange among the ranks of one trainer incarnation, over a gloo group that they make when one is first needed.
 
-    A gloo group in which one exchange did not end carries no later one. So whenever a push was not committed, each rank calls
-    `forget`, and the next exchange meets anew under its push's name. Ranks that differ about how a push ended fail one exchange,
-    by its deadline, and agree again after it.
+    A gloo group in which one exchange did not end carries no later one. So each rank says in every push which group it holds
+    (`group`, told with its plan), and the ranks use it only if all hold the same one: else they meet anew under that push's name.
+    A rank whose part of a push failed calls `forget`, which closes its connections: nobody who exchanges waits for it.
     """
 
     def __init__(self, store: Any, rank: int, world_size: int) -> None:
         """store: torch's, of all ranks; it is not used while there is one rank."""
         self._store, self._rank, self._world_size = store, rank, world_size
-        self._group: Any = None
+        self._held: Any = None
+        self.group = ""
+        """The push in which the ranks of the group that this one holds met; empty without one."""
 
-    def within(self, push_id: str, deadline: Deadline) -> Agree:
-        """The agreement of one push. It raises TransportError once the deadline has passed or a rank is gone."""
-        return alone if self._world_size == 1 else lambda amax: self._agree(amax, push_id, deadline)
+    def within(self, push_id: str, deadline: Deadline, groups: Mapping[int, str]) -> Agree:
+        """The agreement of one push, given what each rank said of its group.
+
+        It raises TransportError once the deadline has passed or a rank is gone.
+        """
+        if self._world_size == 1:
+            return alone
+        if set(groups.values()) != {self.group}:
+            self.forget()
+        return lambda amax: self._agree(amax, push_id, deadline)
 
     def forget(self) -> None:
-        """After a push that was not committed."""
-        self._group = None
+        """Close what this rank holds."""
+        self._held, self.group = None, ""
 
     def _agree(self, amax: Tensor, push_id: str, deadline: Deadline) -> Tensor:
         timeout_s = max(deadline.left_s, 0.001)
         try:
-            if self._group is None:
-                self._group = self._meet(push_id, timedelta(seconds=timeout_s))
+            if self._held is None:
+                self._held = self._meet(push_id, timedelta(seconds=timeout_s))
+                self.group = push_id
             options = dist.AllreduceOptions()
             options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
             options.timeout = timedelta(seconds=max(deadline.left_s, 0.001))
-            self._group.allreduce([amax], options).wait()
+            self._held.allreduce([amax], options).wait()
         except RuntimeError as error:
             self.forget()
             raise TransportError(

@@ -209,6 +209,7 @@ class SlotArena:
         if not straddled.total:
             return {}
         assert agree is not alone, "ranks that share FP8 blocks agree on their scales"
+        agree(torch.zeros(1, dtype=torch.int32))  # all have met: one that fails from here on is not waited for
         vector = torch.zeros(straddled.total, dtype=torch.int32)
         for slot in self._mine.slots:
             if slot.scales is None:

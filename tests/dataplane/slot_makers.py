@@ -58,7 +58,11 @@ class Meeting:
     def agree(self, amax: torch.Tensor) -> torch.Tensor:
         self._given.append(amax)
         self._barrier.wait()
-        return torch.stack(self._given).amax(dim=0)
+        greatest = torch.stack(self._given).amax(dim=0)
+        if self._barrier.wait() == 0:
+            self._given.clear()
+        self._barrier.wait()
+        return greatest
 
 
 def fill_all(

@@ -95,22 +95,6 @@ def test_answers_equal_a_fresh_engine_on_the_saved_checkpoint(session: Session, 
         assert [engine.answer(prompt) for prompt in PROMPTS] == expected
 
 
-def test_an_engine_that_computes_in_fp32_gets_the_same_push(session: Session, tmp_path: Path) -> None:
-    """Next to engines in bf16: it answers as a fresh engine in fp32 on the saved checkpoint, which is in bf16."""
-    in_fp32 = ("--dtype", "float32")
-    wide = session.fleet.start_engine("engine-fp32", more=in_fp32).wait_up()
-    assert session.push()["replicas"] == ["engine-0", "engine-1", "engine-fp32"]
-    found = [wide.answer(prompt) for prompt in PROMPTS]
-    wide.kill()
-    session.trainer.ask(do="save", path=str(tmp_path / "saved"))
-    fresh = session.fleet.start_engine("fresh-fp32", model=tmp_path / "saved", joins=False, more=in_fp32).wait_up()
-    expected = [fresh.answer(prompt) for prompt in PROMPTS]
-    fresh.kill()
-    assert found == expected
-    with Ledger.from_contract(session.fleet.contract) as ledger:
-        until("its lease has run out", lambda: "engine-fp32" not in ledger.live_members(), 30.0)
-
-
 @pytest.mark.failure_mode(19)
 @pytest.mark.failure_mode(47)
 @pytest.mark.failure_mode(48)

@@ -458,6 +458,12 @@ async def test_a_rank_that_stands_still_is_told_by_readiness_and_liveness_until_
     assert scene.replica.stuck == ""
     monkeypatch.setattr("weightsync.vllm.calls.ANSWER_S", 0.0)
     assert scene.replica.refusal() == "the engine's ranks have not all answered weightsync_describe for 0 s"
+    asking.cancel()
+    await asyncio.sleep(0)
+    assert scene.replica.stuck  # nobody waits any more, and the rank still has not answered
+    monkeypatch.setattr("weightsync.vllm.calls.ANSWER_S", 60.0)
+    assert scene.replica.stuck == ""
+    monkeypatch.setattr("weightsync.vllm.calls.ANSWER_S", 0.0)
     scene.engine.describes.set()
-    await asking
+    await scene.replica._rpc("weightsync_describe")
     assert (scene.replica.stuck, scene.replica.refusal()) == ("", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -27,11 +28,12 @@ def exchanges() -> list[ScaleExchange]:
 
 
 def push(exchanges: list[ScaleExchange], push_id: str, timeout_s: float, ranks: range = range(RANKS)) -> list[object]:
-    """What `ranks` find, or what they raise."""
+    """What `ranks` find, or what they raise; each has been told of everybody's group, as the ledger tells it."""
+    groups = {rank: exchange.group for rank, exchange in enumerate(exchanges)}
 
     def one(rank: int) -> object:
         try:
-            return exchanges[rank].within(push_id, Deadline(timeout_s))(vector(rank)).tolist()
+            return exchanges[rank].within(push_id, Deadline(timeout_s), groups)(vector(rank)).tolist()
         except TransportError as error:
             return error
 
@@ -39,36 +41,45 @@ def push(exchanges: list[ScaleExchange], push_id: str, timeout_s: float, ranks: 
         return list(pool.map(one, ranks))
 
 
-def test_every_rank_has_the_maximum_push_after_push(exchanges: list[ScaleExchange]) -> None:
+def test_every_rank_has_the_maximum_push_after_push_by_one_group(exchanges: list[ScaleExchange]) -> None:
     for push_id in ("1.1.1", "1.2.1"):
         assert push(exchanges, push_id, 10.0) == [[RANKS - 1, 0, 7]] * RANKS
+    assert {exchange.group for exchange in exchanges} == {"1.1.1"}
 
 
 @pytest.mark.parametrize("met_before", [False, True], ids=["meeting", "exchanging"])
 def test_a_rank_that_stays_away_holds_the_others_to_the_deadline_and_the_next_push_works(
     exchanges: list[ScaleExchange], met_before: bool
 ) -> None:
-    """Without `forget` in `_agree` and after it, the last exchange fails: the group of the second one is of no use."""
+    """Without `forget` in `_agree`, or without the comparison in `within`, the last exchange fails: its group is of no use."""
     if met_before:
         push(exchanges, "1.1.1", 10.0)
     started = time.monotonic()
     found = push(exchanges, "1.2.1", 1.0, range(RANKS - 1))
     assert time.monotonic() - started < 3.0
     assert all(isinstance(each, TransportError) and "push 1.2.1 had left" in str(each) for each in found), found
-    for exchange in exchanges:  # the rank that stayed away hears of the push's end in the ledger
-        exchange.forget()
     assert push(exchanges, "1.3.1", 10.0) == [[RANKS - 1, 0, 7]] * RANKS
 
 
-def test_ranks_that_differ_about_how_a_push_ended_agree_again_one_push_later(exchanges: list[ScaleExchange]) -> None:
+def test_a_rank_that_lost_its_group_makes_all_meet_anew(exchanges: list[ScaleExchange]) -> None:
+    """As rank 0 does when a push fails before the others hear of it."""
     push(exchanges, "1.1.1", 10.0)
     exchanges[0].forget()
-    found = push(exchanges, "1.2.1", 1.0)
-    assert any(isinstance(each, TransportError) for each in found), found
-    for exchange in exchanges:
-        exchange.forget()
     assert push(exchanges, "1.3.1", 10.0) == [[RANKS - 1, 0, 7]] * RANKS
+    assert {exchange.group for exchange in exchanges} == {"1.3.1"}
+
+
+def test_nobody_waits_for_a_rank_whose_part_failed(exchanges: list[ScaleExchange]) -> None:
+    """It closes its connections while the others exchange, long before the deadline."""
+    push(exchanges, "1.1.1", 10.0)
+    failing = threading.Timer(0.3, exchanges[RANKS - 1].forget)
+    failing.start()
+    started = time.monotonic()
+    found = push(exchanges, "1.2.1", 60.0, range(RANKS - 1))
+    assert time.monotonic() - started < 20.0
+    assert all(isinstance(each, TransportError) for each in found), found
+    failing.join()
 
 
 def test_one_rank_agrees_with_itself() -> None:
-    assert ScaleExchange(None, 0, 1).within("1.1.1", Deadline(0.0))(vector(0)).tolist() == [0, 0, 7]
+    assert ScaleExchange(None, 0, 1).within("1.1.1", Deadline(0.0), {0: ""})(vector(0)).tolist() == [0, 0, 7]

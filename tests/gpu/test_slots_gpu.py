@@ -39,6 +39,19 @@ def test_a_nan_is_named(name: str) -> None:
         fill_all(shard(weights, 1), fp8_engine({"a": (256, 256)}, {"norm": "bfloat16"}))
 
 
+@pytest.mark.parametrize("bad", ["experts.1.gate", "experts.0.down", "norm"])
+def test_a_nan_is_named_beside_slices_that_end_inside_blocks(bad: str) -> None:
+    """Whole blocks, slices and casts are launches of their own: each flag belongs to its own name."""
+    experts = Experts(count=2, hidden=256, inner=768, tp=8, block=32)
+    layouts = {layout.digest(): layout for layout in map(experts.layout, range(experts.tp))}
+    plain = fp8_engine({"a": (256, 256)}, {"norm": "bfloat16"})
+    weights = experts.weights(seed=0) | {"a": torch.randn(256, 256), "norm": torch.randn(300)}
+    weights = {name: weight.cuda() for name, weight in weights.items()}
+    weights[bad].view(-1)[77] = float("nan")
+    with pytest.raises(ConversionError, match=f"1 tensors have an infinity or a NaN, such as {bad}:"):
+        fill_all(shard(weights, 1), layouts | {plain.digest(): plain})
+
+
 def test_an_arena_is_filled_again_after_a_step_and_after_the_model_moved() -> None:
     weights = {"a": torch.randn(256, 256).cuda()}
     layout = fp8_engine({"a": (256, 256)}, {})

@@ -82,8 +82,9 @@ class ModelSpec(Section):
     """Which state of the files this is, in your own words: a tag, a commit, a date. Another one says that the files were
     replaced: the preflight looks at them again, and trainer and engines start anew from them, at version 0 of a new session."""
     dtype: Literal["bfloat16", "float32"] = later("bfloat16")
-    """What engines keep unquantized weights in and compute with. float32 takes twice the memory; values are those of the
-    checkpoint's dtype in both."""
+    """What engines keep unquantized weights in and compute with. Pushed values are rounded to bf16 in both, but for what the
+    model's family keeps in fp32; with float32 they take twice the memory and twice the wire. Another one starts trainer and engines
+    anew, at version 0 of a new session."""
     path: AbsolutePath | None = None
     """Folder inside the trainer's and engines' images."""
     host_path: AbsolutePath | None = None
@@ -266,8 +267,8 @@ class TransferSpec(Section):
     )
 
     format: Literal["auto", "bf16", "fp8-128x128", "fp8-128x128-ue8m0"] = "auto"
-    """What travels; `auto` is what the engines report, and anything else refuses engines that report another. With `ue8m0` the
-    scales of FP8 blocks are powers of two, which DeepGEMM wants on Hopper."""
+    """What is quantized on its way; `auto` is what the engines report, and anything else refuses engines that report another. With
+    `ue8m0` the scales of FP8 blocks are powers of two, which DeepGEMM wants on Hopper."""
     commit: Literal["inPlace", "staged"] = "inPlace"
     """inPlace: bytes land in the live tensors while the engine is paused. staged: they land in a second buffer while it serves,
     and the pause is a copy."""
@@ -319,6 +320,12 @@ class WeightSyncSpec(Section):
                 "!has(self.inference.quantization) || self.transfer.format == 'auto' || "
                 "(self.inference.quantization == 'fp8') == self.transfer.format.startsWith('fp8')",
                 "transfer.format is not what engines of this inference.quantization want: leave it auto",
+            ),
+            (
+                "!has(self.model.dtype) || self.model.dtype == 'bfloat16' || "
+                "((!has(self.inference.quantization) || self.inference.quantization == 'none') && "
+                "!self.transfer.format.startsWith('fp8'))",
+                "engines of FP8 checkpoints compute in bfloat16: leave model.dtype out",
             ),
             (
                 "!has(self.telemetry) || !has(self.telemetry.metricsPort) || "

@@ -37,7 +37,7 @@ class Fp8Group:
                 f"sources have dtypes {sorted(map(str, dtypes))}: a group has one, bfloat16 or float32"
             )
         self.faults = torch.zeros(len(jobs), dtype=torch.int32, device=device)
-        self.bytes_moved = sum(job.source.nbytes + job.out.numel() + job.scales.nbytes for job in jobs)
+        self.bytes_moved = sum(job.out.numel() * (job.source.itemsize + 1) + job.scales.nbytes for job in jobs)
         self._jobs = jobs
         self._table = torch.tensor([_row(job) for job in jobs], dtype=torch.int64).to(device)
         self._tiles = _tiles(jobs).to(device)

@@ -36,13 +36,17 @@ class Applied(JsonRecord):
 class HandshakeLedger(PushLedger):
     """The part of the ledger by which the processes of one push keep step."""
 
-    def report_planned(self, push_id: str, rank: int) -> bool:
-        """A trainer rank has planned its writes and will convert. False when the ledger does not know the push."""
-        return self._add_to_push(push_id, f"planned:{rank}", "1")
+    def report_planned(self, push_id: str, rank: int, group: str) -> bool:
+        """A trainer rank has planned its writes and will convert. False when the ledger does not know the push.
 
-    def planned(self, push_id: str) -> frozenset[int]:
-        """Trainer ranks that have planned."""
-        return self._ranks_at(push_id, "planned:")
+        group: in which push the ranks with which it can exchange FP8 scales met; empty when it has to meet them.
+        """
+        return self._add_to_push(push_id, f"planned:{rank}", group)
+
+    def planned(self, push_id: str) -> dict[int, str]:
+        """What trainer ranks that have planned said of their group."""
+        fields = self.fields_of(push_id).items()
+        return {int(field.removeprefix("planned:")): group for field, group in fields if field.startswith("planned:")}
 
     def report_ready(self, push_id: str, rank: int) -> bool:
         """A trainer rank has prepared its writes. False when the ledger does not know the push."""

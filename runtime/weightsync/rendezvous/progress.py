@@ -27,8 +27,8 @@ class PushProgress:
         self._had_news = False
         self.verdict: Verdict | None = Verdict(decision=Decision.OPEN, reason="")
         """The decision in force; None once the ledger has lost the push."""
-        self.planned: set[int] = set()
-        """Trainer ranks that have planned."""
+        self.planned: dict[int, str] = {}
+        """What trainer ranks that have planned said of their group."""
         self.ready: set[int] = set()
         """Trainer ranks whose bytes are converted and whose writes are prepared."""
         self.reports: dict[int, WriterReport] = {}
@@ -71,7 +71,7 @@ class PushProgress:
             kind, _, who = field.partition(":")
             match kind:
                 case "planned":
-                    self.planned.add(int(who))
+                    self.planned[int(who)] = text
                 case "ready":
                     self.ready.add(int(who))
                 case "writer":

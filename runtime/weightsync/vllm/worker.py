@@ -58,6 +58,7 @@ class WorkerExtension:
                 replica,
                 self._weightsync_offered(),
                 getattr(self, "_weightsync_staging", None),
+                self.model_runner.dtype,
             )
         return receiver
 
@@ -168,9 +169,14 @@ def _configured(config: Any) -> contextlib.AbstractContextManager[Any]:
 
 
 def _make_receiver(
-    model: torch.nn.Module, rank: int, replica: str, offer: Offer, staging: StagingArena | None
+    model: torch.nn.Module, rank: int, replica: str, offer: Offer, staging: StagingArena | None, dtype: torch.dtype
 ) -> Receiver:
     contract, facts = Contract.load(), PodFacts.load()
+    if dtype != getattr(torch, contract.model.dtype):
+        raise ConfigError(
+            f"the engine computes in {dtype}, the contract says {contract.model.dtype}: start it with --dtype "
+            f"{contract.model.dtype}; a fleet is written one set of weights"
+        )
     if (contract.transfer.commit == "staged") != (staging is not None):
         raise ConfigError(
             f"transfer.commit is {contract.transfer.commit}, but staging was {'not ' if staging is None else ''}taken when the "
