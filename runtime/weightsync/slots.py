@@ -276,10 +276,10 @@ class _Conversions:
     def check(self) -> None:
         flags = [flag for group in self._groups for flag in group.flags]
         names = [name for group in self._groups for name in group.names]
-        bad = [names[i] for i in torch.cat(flags).nonzero().flatten().tolist()] if flags else []
+        bad = sorted({names[i] for i in torch.cat(flags).nonzero().flatten().tolist()}) if flags else []
         if bad:
             raise ConversionError(
-                f"{len(bad)} tensors have an infinity or a NaN, such as {', '.join(sorted(bad)[:5])}: the optimizer step "
+                f"{len(bad)} tensors have an infinity or a NaN, such as {', '.join(bad[:5])}: the optimizer step "
                 "diverged; nothing was pushed"
             )
 
