@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from e2e.cluster.conftest import ENGINE_START_S, NAME, PUSHER, Resource, wait_for
@@ -91,9 +89,6 @@ def test_a_replica_that_scaling_adds_serves_only_once_it_is_current(resource: Re
     resource.wait_in_sync(above=resource.committed)
 
 
-@pytest.mark.skipif(
-    "WEIGHTSYNC_UNPROVED" not in os.environ, reason="not seen green as a whole yet: WEIGHTSYNC_UNPROVED=1 runs it"
-)
 @pytest.mark.failure_mode(46)
 def test_a_new_engine_image_rolls_out_under_requests_and_pushes(resource: Resource, stream: Stream) -> None:
     """1. the image is changed while a client asks and the trainer pushes; 2. engines are replaced one at a time, and the trainer is
