@@ -33,7 +33,7 @@ class ModelSection(_Section):
 
     path: str
     """Folder with config.json and safetensors files, as mounted in the pods."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What engines compute in; an engine in another one does not join."""
 
 

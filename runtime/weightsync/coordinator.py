@@ -21,7 +21,14 @@ from typing import TypeVar
 from weightsync.accounts import summarize
 from weightsync.config import Contract
 from weightsync.endpoints import Endpoints
-from weightsync.errors import ConversionError, DeadlineExceeded, LedgerUnavailable, PushAborted, WeightSyncError
+from weightsync.errors import (
+    ConversionError,
+    DeadlineExceeded,
+    LedgerUnavailable,
+    PushAborted,
+    TransportError,
+    WeightSyncError,
+)
 from weightsync.participants import Participants
 from weightsync.push_steps import prepare, write_and_report
 from weightsync.rendezvous.handshake import Applied
@@ -183,8 +190,13 @@ class Coordinator:
             self._ledger.report_planned(record.push_id, 0, group)
             wait(others, lambda: progress.planned, "trainer ranks have not planned")
         with phases.phase("convert"):
-            agree = self._scales.within(record.push_id, deadline, {**progress.planned, 0: group})
-            prepare(self._writer, record, self._contract, agree)
+            look = partial(self._look, record, participants, progress)
+            agree = self._scales.within(record.push_id, deadline, {**progress.planned, 0: group}, look)
+            try:
+                prepare(self._writer, record, self._contract, agree)
+            except TransportError:
+                look()  # a rank that failed has told why before it closed its connections
+                raise
             self._ledger.report_ready(record.push_id, 0)
             wait(others, lambda: progress.ready, "trainer ranks are not ready to write")
         with phases.phase("open"):
@@ -294,6 +306,11 @@ class Coordinator:
             what="replicas have not voted",
             missing=lambda: f"missing {sorted(missing)}",
         )
+
+    def _look(self, record: PushRecord, participants: Participants, progress: PushProgress) -> None:
+        """`_fail_early` by what the ledger says now."""
+        progress.read_all()
+        self._fail_early(record, participants, progress)
 
     def _fail_early(self, record: PushRecord, participants: Participants, progress: PushProgress) -> None:
         """Drop who cannot take part any more; raise PushAborted as soon as the push cannot succeed, by what is known."""

@@ -237,7 +237,8 @@ class Publisher:
                 check_plans(record, self._writer.learn(record.members, deadline, catch_up=record.catch_up))
             self._ledger.report_planned(record.push_id, self._rank, self._scales.group)
             with watch.phase("convert"):
-                agree = self._scales.within(record.push_id, deadline, self._wait_planned(record, deadline))
+                groups = self._wait_planned(record, deadline)
+                agree = self._scales.within(record.push_id, deadline, groups, lambda: self._go_on(record, None))
                 prepare(self._writer, record, self._contract, agree)
             self._ledger.report_ready(record.push_id, self._rank)
             replicas = wait_until(
@@ -264,7 +265,7 @@ class Publisher:
         """Until every rank has planned: in an exchange of scales, one that stays away would hold the others."""
 
         def fetch() -> dict[int, str] | None:
-            groups = self._ledger.planned(record.push_id)
+            groups = self._ledger.planned(record.push_id, self._world_size)
             return self._go_on(record, groups if len(groups) == self._world_size else None)
 
         return wait_until(

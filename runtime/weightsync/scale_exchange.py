@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
 from weightsync.errors import TransportError
-from weightsync.waiting import Deadline
+from weightsync.waiting import Deadline, wait_until
 
 Agree = Callable[[Tensor], Tensor]
 """The element-wise maximum of an int32 vector over all trainer ranks; called by all of them for the same lengths."""
@@ -26,8 +27,9 @@ class ScaleExchange:
     """The exchange among the ranks of one trainer incarnation, over a gloo group that they make when one is first needed.
 
     A gloo group in which one exchange did not end carries no later one. So each rank says in every push which group it holds
-    (`group`, told with its plan), and the ranks use it only if all hold the same one: else they meet anew under that push's name.
-    A rank whose part of a push failed calls `forget`, which closes its connections: nobody who exchanges waits for it.
+    (`group`, told with its plan), and the ranks use it only if all hold the same one: else they meet anew under that push's name,
+    and look meanwhile whether the push is over. A rank whose part of a push failed calls `forget`, which closes its connections:
+    nobody who exchanges waits for it.
     """
 
     def __init__(self, store: Any, rank: int, world_size: int) -> None:
@@ -37,26 +39,27 @@ class ScaleExchange:
         self.group = ""
         """The push in which the ranks of the group that this one holds met; empty without one."""
 
-    def within(self, push_id: str, deadline: Deadline, groups: Mapping[int, str]) -> Agree:
+    def within(self, push_id: str, deadline: Deadline, groups: Mapping[int, str], look: Callable[[], object]) -> Agree:
         """The agreement of one push, given what each rank said of its group.
 
-        It raises TransportError once the deadline has passed or a rank is gone.
+        It raises TransportError or DeadlineExceeded once the deadline has passed or a rank is gone, and, until all ranks are there,
+        what `look` raises because the push is over.
         """
         if self._world_size == 1:
             return alone
         if set(groups.values()) != {self.group}:
             self.forget()
-        return lambda amax: self._agree(amax, push_id, deadline)
+        return lambda amax: self._agree(amax, push_id, deadline, look)
 
     def forget(self) -> None:
         """Close what this rank holds."""
         self._held, self.group = None, ""
 
-    def _agree(self, amax: Tensor, push_id: str, deadline: Deadline) -> Tensor:
-        timeout_s = max(deadline.left_s, 0.001)
+    def _agree(self, amax: Tensor, push_id: str, deadline: Deadline, look: Callable[[], object]) -> Tensor:
+        started = time.monotonic()
         try:
             if self._held is None:
-                self._held = self._meet(push_id, timedelta(seconds=timeout_s))
+                self._held = self._meet(push_id, deadline, look)
                 self.group = push_id
             options = dist.AllreduceOptions()
             options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
@@ -65,11 +68,22 @@ class ScaleExchange:
         except RuntimeError as error:
             self.forget()
             raise TransportError(
-                f"trainer rank {self._rank} of {self._world_size}: the ranks did not agree on FP8 scales within the "
-                f"{timeout_s:.1f} s that push {push_id} had left: {error}"
+                f"push {push_id}: trainer rank {self._rank} of {self._world_size} did not agree on FP8 scales with the others, "
+                f"after {time.monotonic() - started:.1f} s: {error}"
             ) from error
         return amax
 
-    def _meet(self, push_id: str, timeout: timedelta) -> Any:
+    def _meet(self, push_id: str, deadline: Deadline, look: Callable[[], object]) -> Any:
+        """A new group, as soon as all ranks are there: nothing interrupts gloo's own wait for them."""
         store = PrefixStore(f"weightsync/scales/{push_id}", self._store)
-        return dist.ProcessGroupGloo(store, self._rank, self._world_size, timeout)
+        store.set(f"here/{self._rank}", "1")
+        here = [f"here/{rank}" for rank in range(self._world_size)]
+
+        def fetch() -> bool | None:
+            look()
+            return store.check(here) or None
+
+        wait_until(fetch, deadline=deadline, what=f"push {push_id}: trainer ranks have not come to agree on FP8 scales")
+        return dist.ProcessGroupGloo(
+            store, self._rank, self._world_size, timedelta(seconds=max(deadline.left_s, 0.001))
+        )

@@ -223,6 +223,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unknown cache policy": ({"transfer": {"prefixCache": "drop"}}, "spec.transfer.prefixCache"),
     "relative path": ({"model": {"hostPath": "models"}}, "spec.model.hostPath"),
     "engines in fp16": ({"model": {"dtype": "float16"}}, "spec.model.dtype"),
+    "FP8 on the wire for engines in fp32": (
+        {"model": {"dtype": "float32"}, "transfer": {"format": "fp8-128x128"}},
+        "engines of FP8 checkpoints compute in bfloat16",
+    ),
     "FP8 engines in fp32": (
         {"model": {"dtype": "float32"}, "inference": {"quantization": "fp8"}},
         "engines of FP8 checkpoints compute in bfloat16",

@@ -20,9 +20,16 @@ def test_an_engine_in_fp32_answers_as_a_fresh_one_and_one_in_bf16_says_why_it_do
         trainer = fleet.start_trainer()
         until("engine-0 has joined", live.wait_up().ready, 60)
         assert trainer.push(1)["replicas"] == ["engine-0"]
-        answer = other.wait_up().get("/weightsync/v1/ready")
-        assert answer is not None and answer.status_code == 503
-        assert "the engine computes in torch.bfloat16, the contract says float32" in answer.text
+        other.wait_up()
+
+        def refused() -> bool:
+            answer = other.get("/weightsync/v1/ready")
+            return answer is not None and (answer.status_code, "computes in torch.bfloat16" in answer.text) == (
+                503,
+                True,
+            )
+
+        until("engine-1 says why", refused, 60)
         other.kill()
         trainer.ask(do="save", path=str(tmp_path / "saved"))
         fresh = fleet.start_engine("fresh", model=tmp_path / "saved", joins=False).wait_up()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
-from weightsync.errors import TransportError
+from weightsync.errors import DeadlineExceeded, PushAborted, TransportError
 from weightsync.scale_exchange import ScaleExchange
 from weightsync.waiting import Deadline
 
@@ -23,18 +24,24 @@ def vector(rank: int) -> torch.Tensor:
 
 @pytest.fixture
 def exchanges() -> list[ScaleExchange]:
-    store = dist.HashStore()
+    store = HashStore()
     return [ScaleExchange(store, rank, RANKS) for rank in range(RANKS)]
 
 
-def push(exchanges: list[ScaleExchange], push_id: str, timeout_s: float, ranks: range = range(RANKS)) -> list[object]:
+def push(
+    exchanges: list[ScaleExchange],
+    push_id: str,
+    timeout_s: float,
+    ranks: range = range(RANKS),
+    look: Callable[[], object] = lambda: None,
+) -> list[object]:
     """What `ranks` find, or what they raise; each has been told of everybody's group, as the ledger tells it."""
     groups = {rank: exchange.group for rank, exchange in enumerate(exchanges)}
 
     def one(rank: int) -> object:
         try:
-            return exchanges[rank].within(push_id, Deadline(timeout_s), groups)(vector(rank)).tolist()
-        except TransportError as error:
+            return exchanges[rank].within(push_id, Deadline(timeout_s), groups, look)(vector(rank)).tolist()
+        except (TransportError, DeadlineExceeded, PushAborted) as error:
             return error
 
     with ThreadPoolExecutor(RANKS) as pool:
@@ -57,7 +64,8 @@ def test_a_rank_that_stays_away_holds_the_others_to_the_deadline_and_the_next_pu
     started = time.monotonic()
     found = push(exchanges, "1.2.1", 1.0, range(RANKS - 1))
     assert time.monotonic() - started < 3.0
-    assert all(isinstance(each, TransportError) and "push 1.2.1 had left" in str(each) for each in found), found
+    assert all(isinstance(each, TransportError if met_before else DeadlineExceeded) for each in found), found
+    assert all("push 1.2.1: trainer rank" in str(each) for each in found), found
     assert push(exchanges, "1.3.1", 10.0) == [[RANKS - 1, 0, 7]] * RANKS
 
 
@@ -81,5 +89,24 @@ def test_nobody_waits_for_a_rank_whose_part_failed(exchanges: list[ScaleExchange
     failing.join()
 
 
+def test_ranks_that_meet_hear_that_the_push_is_over(exchanges: list[ScaleExchange]) -> None:
+    """A rank was told of its end first, and does not come: nothing interrupts gloo's own wait for it."""
+    over = Deadline(0.3)
+
+    def look() -> None:
+        if over.passed:
+            raise PushAborted("trainer rank 2 is lost")
+
+    started = time.monotonic()
+    found = push(exchanges, "1.2.1", 60.0, range(RANKS - 1), look)
+    assert time.monotonic() - started < 20.0
+    assert all(isinstance(each, PushAborted) for each in found), found
+    assert push(exchanges, "1.3.1", 10.0) == [[RANKS - 1, 0, 7]] * RANKS
+
+
 def test_one_rank_agrees_with_itself() -> None:
-    assert ScaleExchange(None, 0, 1).within("1.1.1", Deadline(0.0), {0: ""})(vector(0)).tolist() == [0, 0, 7]
+    assert ScaleExchange(None, 0, 1).within("1.1.1", Deadline(0.0), {0: ""}, lambda: None)(vector(0)).tolist() == [
+        0,
+        0,
+        7,
+    ]

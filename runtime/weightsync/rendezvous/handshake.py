@@ -43,10 +43,10 @@ class HandshakeLedger(PushLedger):
         """
         return self._add_to_push(push_id, f"planned:{rank}", group)
 
-    def planned(self, push_id: str) -> dict[int, str]:
+    def planned(self, push_id: str, world_size: int) -> dict[int, str]:
         """What trainer ranks that have planned said of their group."""
-        fields = self.fields_of(push_id).items()
-        return {int(field.removeprefix("planned:")): group for field, group in fields if field.startswith("planned:")}
+        said = self._push_fields(push_id, tuple(f"planned:{rank}" for rank in range(world_size))).values()
+        return {rank: group for rank, group in enumerate(said) if group is not None}
 
     def report_ready(self, push_id: str, rank: int) -> bool:
         """A trainer rank has prepared its writes. False when the ledger does not know the push."""

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Protocol
 
 from weightsync.errors import FencedOut, WeightSyncError
 from weightsync.rank_state import Description
 
 ANSWER_S = 120.0
-"""Ranks answer within milliseconds, unless they copy, digest or pin again all that they hold..."""
+"""Ranks answer within milliseconds; by then one of them is dead or stands still..."""
+SLOW = frozenset({"weightsync_abort", "weightsync_commit", "weightsync_verify"})
+"""...except to these, for which a rank may copy, digest or pin again all that it holds..."""
 HELD_BYTES_PER_S = 200e6
-"""...which is granted at this rate besides. By then one of them is dead or stands still."""
+"""...at this rate or faster."""
 
 
 class Callee(Protocol):
@@ -25,10 +25,10 @@ class Callee(Protocol):
 
 
 class Calls:
-    """The calls to one engine. None is given up: a rank that goes on carries them out, and the replica has to hear of it."""
+    """The calls to one engine."""
 
     def __init__(self, engine: Callee, held_bytes: Callable[[], int]) -> None:
-        """engine: its `collective_rpc` returns what the workers of all engine cores say. held_bytes: weights of all ranks."""
+        """engine: its `collective_rpc` returns what the workers of all engine cores say. held_bytes: of the largest rank."""
         self._engine = engine
         self._held_bytes = held_bytes
         self._waiting: dict[int, tuple[str, float]] = {}
@@ -37,8 +37,9 @@ class Calls:
     @property
     def stuck(self) -> str:
         """Which call has waited for longer than any takes; empty as soon as it is answered. Safe on any thread."""
-        now, patience_s = time.monotonic(), ANSWER_S + self._held_bytes() / HELD_BYTES_PER_S
-        late = [(now - since, method) for method, since in list(self._waiting.values()) if now - since >= patience_s]
+        now, slow_s = time.monotonic(), self._held_bytes() / HELD_BYTES_PER_S
+        waiting = [(now - since, method) for method, since in list(self._waiting.values())]
+        late = [each for each in waiting if each[0] >= ANSWER_S + (slow_s if each[1] in SLOW else 0.0)]
         return "the engine's ranks have not all answered {1} for {0:.0f} s".format(*max(late)) if late else ""
 
     async def start(self, name: str) -> tuple[Description, ...]:
@@ -47,17 +48,13 @@ class Calls:
 
     async def ask(self, method: str, *args: str) -> tuple[Description, ...]:
         """What all ranks say to a call. Raises what a rank refused."""
-        calling: Any = self._engine.collective_rpc(method, args=args)
-        task: asyncio.Task[list[Any]] = asyncio.get_running_loop().create_task(calling, name=method)
         self._number += 1
-        self._waiting[self._number] = (method, time.monotonic())
-        task.add_done_callback(partial(self._answered, self._number))
-        return _descriptions(await asyncio.shield(task))
-
-    def _answered(self, number: int, task: asyncio.Task[list[Any]]) -> None:
-        del self._waiting[number]
-        if not task.cancelled():
-            task.exception()  # whoever waits raises it
+        number = self._number
+        self._waiting[number] = (method, time.monotonic())
+        try:
+            return _descriptions(await self._engine.collective_rpc(method, args=args))
+        finally:
+            del self._waiting[number]
 
 
 def _descriptions(told: list[Any]) -> tuple[Description, ...]:

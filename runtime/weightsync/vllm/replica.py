@@ -59,7 +59,7 @@ class Replica:
         together: bool = False,
     ) -> None:
         """engine: its `collective_rpc` returns what the workers of all engine cores say. together: these go on by consensus."""
-        self._calls = Calls(engine, lambda: self.view.direct_bytes + self.view.replayed_bytes)
+        self._calls = Calls(engine, lambda: self.view.largest_rank_bytes)
         self._pauses = Pauses(engine, together=together)
         self._contract = contract
         self._facts = facts

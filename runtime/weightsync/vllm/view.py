@@ -57,6 +57,11 @@ class View:
         """Payload of a push that all ranks take in load format and replay."""
         return sum(rank.replayed_bytes for rank in self.ranks)
 
+    @property
+    def largest_rank_bytes(self) -> int:
+        """Payload of a push that one rank takes, the one that takes the most."""
+        return max((rank.direct_bytes + rank.replayed_bytes for rank in self.ranks), default=0)
+
     def refusal(self, max_skew: int) -> str:
         """Why the replica must not serve; empty when it may. A planned pause does not count: requests wait in the engine."""
         if not self.ranks:
