@@ -87,7 +87,8 @@ def measure(budget: int) -> dict[str, Any]:
     layout = layout_of(names)
     context = mp.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=receive, args=(theirs, layout.to_bytes(), context.Value("d", 0.0005)), daemon=True)
+    pause_s = context.Value("d", 0.0005)  # kept: its semaphore goes with it, before the child has begun
+    process = context.Process(target=receive, args=(theirs, layout.to_bytes(), pause_s), daemon=True)
     process.start()
     descriptor, _ = hear(ours)
     generator = torch.Generator().manual_seed(7)
