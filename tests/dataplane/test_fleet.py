@@ -171,6 +171,8 @@ def test_redis_comes_back_empty_and_versions_go_on(session: Session) -> None:
 
 @pytest.mark.failure_mode(30)
 def test_modelexpress_restarts_and_the_next_push_works(session: Session) -> None:
+    with Ledger.from_contract(session.fleet.contract) as ledger:  # they join an empty ledger with their next heartbeat
+        until("both engines are members", lambda: len(ledger.live_members()) == 2, 30.0)
     session.fleet.modelexpress.restart()
     assert session.push()["replicas"] == ["engine-0", "engine-1"]
 
