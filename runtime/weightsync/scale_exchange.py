@@ -62,8 +62,7 @@ class ScaleExchange:
                 self._held = self._meet(push_id, deadline, look)
                 self.group = push_id
             options = dist.AllreduceOptions()
-            options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
-            options.timeout = timedelta(seconds=max(deadline.left_s, 0.001))
+            options.reduceOp, options.timeout = dist.ReduceOp(dist.ReduceOp.MAX), _left(deadline)
             self._held.allreduce([amax], options).wait()
         except RuntimeError as error:
             self.forget()
@@ -84,6 +83,9 @@ class ScaleExchange:
             return store.check(here) or None
 
         wait_until(fetch, deadline=deadline, what=f"push {push_id}: trainer ranks have not come to agree on FP8 scales")
-        return dist.ProcessGroupGloo(
-            store, self._rank, self._world_size, timedelta(seconds=max(deadline.left_s, 0.001))
-        )
+        return dist.ProcessGroupGloo(store, self._rank, self._world_size, _left(deadline))
+
+
+def _left(deadline: Deadline) -> timedelta:
+    """For gloo, which wants more than nothing."""
+    return timedelta(seconds=max(deadline.left_s, 0.001))

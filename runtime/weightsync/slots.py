@@ -165,12 +165,12 @@ class SlotArena:
         return self._conversions
 
     def _convert(self, slot: Slot) -> None:
-        source, out = self._source(slot), self._view(slot.offset_bytes, slot.numel, slot.dtype)
+        source = self._source(slot)
         if slot.scales is None:
+            out = self._view(slot.offset_bytes, slot.numel, slot.dtype)
             convert_into(out.view(source.shape), source, name=slot.holding.name, through=_dtype(slot.through))
             return
-        job = _job_of(slot, source, out, self._scales(slot), self._others(slot))
-        amax = job.convert(ue8m0=self._format == UE8M0)
+        amax = _job_of(slot, source, self._view, self._others(slot)).convert(ue8m0=self._format == UE8M0)
         if not fp8.finite(amax):
             _refuse(source, slot)
 
@@ -185,11 +185,6 @@ class SlotArena:
         for row, amax in found.items():
             others[row] = amax
         return others
-
-    def _scales(self, slot: Slot) -> Tensor:
-        """[n] fp32 of the arena."""
-        assert slot.scales is not None  # only FP8 slots are asked for
-        return self._view(slot.scales.local_offset * 4, slot.scales.stop - slot.scales.start, "float32")
 
     def _source(self, slot: Slot) -> Tensor:
         """What a slot is made from: [n], or [rows, columns] of a matrix in FP8 or in slices; FP8 is made of whole blocks."""
@@ -289,14 +284,12 @@ class _Conversions:
 
         blocks, casts = [], []
         for slot, source in zip(slots, sources, strict=True):
-            out = self._view(slot.offset_bytes, slot.numel, slot.dtype)
             if slot.scales is None:
-                through = _dtype(slot.through)
+                out, through = self._view(slot.offset_bytes, slot.numel, slot.dtype), _dtype(slot.through)
                 casts.append(Cast(name=slot.holding.name, source=source, out=out.view(source.shape), through=through))
                 continue
-            length = slot.scales.stop - slot.scales.start
-            scales = self._view(slot.scales.local_offset * 4, length, "float32")
-            blocks.append((slot.holding.name, _job_of(slot, source, out, scales, self._give(slot, source.device))))
+            job = _job_of(slot, source, self._view, self._give(slot, source.device))
+            blocks.append((slot.holding.name, job))
         return blocks, casts
 
     def _give(self, slot: Slot, device: torch.device) -> Tensor | None:
@@ -316,13 +309,16 @@ def _blocks(slot: Slot) -> tuple[int, int, int]:
     return slot.row_start // BLOCK, fp8.blocks_of(slot.rows, slot.row_start), len(columns)
 
 
-def _job_of(slot: Slot, source: Tensor, out: Tensor, scales: Tensor, amax: Tensor | None) -> Job:
+def _job_of(slot: Slot, source: Tensor, view: View, amax: Tensor | None) -> Job:
+    """The conversion of an FP8 slot into its place, for a host and for a GPU."""
+    assert slot.scales is not None
+    scales = view(slot.scales.local_offset * 4, slot.scales.stop - slot.scales.start, "float32")
     columns = slot.columns or Columns(slot.name, 0, slot.shape[1])
     first = columns.start % BLOCK
     across = -(-columns.stop // columns.block[1]) - columns.start // columns.block[1]
     return Job(
         source=source,
-        out=out.view(slot.rows, -1),
+        out=view(slot.offset_bytes, slot.numel, slot.dtype).view(slot.rows, -1),
         scales=scales.view(-1, across),
         row_start=slot.row_start,
         columns=range(first, first + columns.width),

@@ -40,12 +40,7 @@ def block_amax(rows: Tensor, row_start: int = 0) -> Tensor:
 
 def finite(amax: Tensor) -> bool:
     """Whether no block has an infinity or a NaN in it."""
-    return not bool(not_finite(amax))
-
-
-def not_finite(amax: Tensor) -> Tensor:
-    """[] bool, on the device of `amax`: whether some block has an infinity or a NaN in it."""
-    return (amax >= _INFINITY_BITS).any()
+    return not bool((amax >= _INFINITY_BITS).any())
 
 
 def scales_of(amax: Tensor, *, ue8m0: bool = False) -> Tensor:
