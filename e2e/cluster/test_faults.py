@@ -159,6 +159,27 @@ def test_after_training_an_engine_that_is_deleted_becomes_current_from_its_peer(
     assert (status["trainer"]["epoch"], status["version"]) == (ended["trainer"]["epoch"], ended["version"])
 
 
+@pytest.mark.failure_mode(61)
+def test_after_training_a_fleet_that_lost_its_version_is_restored_from_a_checkpoint(resource: Resource) -> None:
+    """1. a checkpoint is named, which restarts nothing; 2. all engines are deleted at once, and with them the last version; 3. a
+    pod pushes the newest checkpoint as the next version, in an epoch of its own; 4. both engines answer with the same bytes, the
+    trainer stays complete, and the Job goes.
+    """
+    of_role = f"app.kubernetes.io/instance={NAME},app.kubernetes.io/component="
+    ended = resource.wait_in_sync(above=0)
+    engines = {pod["metadata"]["uid"] for pod in resource.engines()}
+    resource.change_spec(transfer={"checkpoint": {"hostPath": "/var/lib/weightsync/models"}})
+    wait_for("the spec is in force", lambda: resource.status["revision"] != ended["revision"], 120)
+    assert {pod["metadata"]["uid"] for pod in resource.engines()} == engines
+    resource.kubectl.run("delete", "pods", "-l", f"{of_role}inference", "--grace-period=0", "--force")
+    status = resource.wait_in_sync(above=ended["version"]["committed"], timeout_s=3 * ENGINE_START_S)
+    assert status["lastPush"]["epoch"] > ended["lastPush"]["epoch"]
+    assert (status["lastPush"]["step"], status["lastPush"]["digestOk"]) == (2, True), "the step is the folder's number"
+    assert status["trainer"] == ended["trainer"]
+    assert len({resource.engine_state(pod["metadata"]["name"])["digest"] for pod in resource.engines()}) == 1
+    wait_for("the Job is gone", lambda: not resource.kubectl.list("jobs", f"{of_role}restore"), 120)
+
+
 @pytest.mark.failure_mode(45)
 def test_deleting_the_resource_leaves_nothing(resource: Resource) -> None:
     resource.kubectl.delete("weightsync", NAME)

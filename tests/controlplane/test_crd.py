@@ -62,6 +62,12 @@ GOOD: dict[str, dict[str, Any]] = {
     "fp8 in and fp8 out": {"inference": {"quantization": "fp8"}, "transfer": {"format": "fp8-128x128-ue8m0"}},
     "fp8 and whatever engines want": {"inference": {"quantization": "fp8"}},
     "plain and bf16": {"inference": {"quantization": "none"}, "transfer": {"format": "bf16"}},
+    "checkpoints in a folder of the node": {"transfer": {"checkpoint": {"hostPath": "/srv/checkpoints"}}},
+    "checkpoints in a claim": {
+        "transfer": {
+            "checkpoint": {"persistentVolumeClaim": {"claimName": "c", "subPath": "a"}, "podTemplate": {"spec": {}}}
+        }
+    },
     "engines in fp32": {"model": {"dtype": "float32"}},
     "a named state of the model": {"model": {"revision": "refs/pr/7"}},
     "metrics and traces": {"telemetry": {"metricsPort": 9400, "traceFolder": "/tmp/traces"}},
@@ -92,6 +98,14 @@ GOOD: dict[str, dict[str, Any]] = {
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no model source": ({"model": {"hostPath": None}}, "exactly one of path, hostPath and persistentVolumeClaim"),
     "two model sources": ({"model": {"path": "/opt/model"}}, "exactly one of path, hostPath and persistentVolumeClaim"),
+    "no place of checkpoints": (
+        {"transfer": {"checkpoint": {"podTemplate": {}}}},
+        "exactly one of path, hostPath and persistentVolumeClaim says where checkpoints are",
+    ),
+    "two places of checkpoints": (
+        {"transfer": {"checkpoint": {"path": "/a/b", "hostPath": "/c/d"}}},
+        "exactly one of path, hostPath and persistentVolumeClaim says where checkpoints are",
+    ),
     "no trainer": ({"trainer": None}, "spec.trainer"),
     "no command": ({"trainer": {"command": []}}, "spec.trainer.command"),
     "negative replicas": ({"inference": {"replicas": -1}}, "spec.inference.replicas"),

@@ -69,6 +69,16 @@ def test_only_members_reach_what_is_not_for_clients(role: Component, port: int, 
     assert _reach(role, port) == who
 
 
+def test_a_pod_that_pushes_a_checkpoint_is_a_member_where_there_may_be_one() -> None:
+    over = {"transfer": {"checkpoint": {"hostPath": "/c"}}}
+    members = {"trainer", "inference", "restore"}
+    assert _reach(Component.REDIS, 6379, **over) == {*members, "modelexpress", "operator"}
+    assert _reach(Component.MODEL_EXPRESS, 8001, **over) == members
+    assert _reach(Component.INFERENCE, 40123, **over) == _reach(Component.RESTORE, 40123, **over) == members
+    host = {"transfer": {"checkpoint": {"hostPath": "/c", "podTemplate": {"spec": {"hostNetwork": True}}}}}
+    assert network_policies(make_context(**host)) == []
+
+
 def test_metrics_of_each_trainer_rank_are_for_anyone_and_nothing_beside_them() -> None:
     over = {"trainer": {"gpusPerNode": 2}, "telemetry": {"metricsPort": 9400}}
     assert _reach(Component.TRAINER, 9400, **over) == _reach(Component.TRAINER, 9401, **over) == set(PEERS)

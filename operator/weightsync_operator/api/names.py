@@ -26,6 +26,8 @@ MANAGED_BY = "weightsync"
 
 LABEL_EPOCH = f"{GROUP}/epoch"
 """Incarnation of the trainer, on its Job and pods."""
+LABEL_LOST_VERSION = f"{GROUP}/lost-version"
+"""On a Job that pushes a checkpoint: the version that no engine held any more."""
 LABEL_SESSION = f"{GROUP}/session"
 """Ledger session of a pod: pods of two sessions never exchange weights."""
 ANNOTATION_RENDER = f"{GROUP}/render"
@@ -54,6 +56,11 @@ class Component(enum.StrEnum):
     MODEL_EXPRESS = "modelexpress"
     TRAINER = "trainer"
     INFERENCE = "inference"
+    RESTORE = "restore"
+
+
+SESSION_ROLES = (Component.TRAINER, Component.INFERENCE, Component.RESTORE)
+"""Roles whose pods are of one session: they use its ledger, and move its weights."""
 
 
 class Condition(enum.StrEnum):
@@ -111,6 +118,7 @@ class Reason(enum.StrEnum):
     BEHIND = "Behind"
     PUSH_ABORTED = "PushAborted"
     NO_SOURCE = "NoSource"
+    RESTORING = "Restoring"
     EXPECTED_TRANSPORT = "ExpectedTransport"
     UNEXPECTED_TRANSPORT = "UnexpectedTransport"
     NO_PUSH_YET = "NoPushYet"

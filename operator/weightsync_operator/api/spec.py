@@ -49,13 +49,17 @@ TRAINER_PORT = 29500
 _RANKS_A_POD = "(self.trainer.gpusPerNode == 0 ? 1 : self.trainer.gpusPerNode)"
 
 
+_ONE_SOURCE = "[has(self.path), has(self.hostPath), has(self.persistentVolumeClaim)].exists_one(x, x)"
+"""Of a section that says where files are."""
+
+
 class PersistentVolumeClaimSource(Section):
     """A claim in the resource's namespace."""
 
     claim_name: DnsSubdomain
     """Name of the claim."""
     sub_path: Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[^/].*$")] | None = None
-    """Folder inside the volume that holds config.json."""
+    """Folder inside the volume."""
 
 
 class ModelSpec(Section):
@@ -63,10 +67,7 @@ class ModelSpec(Section):
 
     model_config = ConfigDict(
         json_schema_extra=rules(
-            (
-                "[has(self.path), has(self.hostPath), has(self.persistentVolumeClaim)].exists_one(x, x)",
-                "exactly one of path, hostPath and persistentVolumeClaim says where the model is",
-            )
+            (_ONE_SOURCE, "exactly one of path, hostPath and persistentVolumeClaim says where the model is"),
         )
     )
 
@@ -248,6 +249,30 @@ class InferenceSpec(Section):
     """A part of a PodTemplateSpec, merged over the rendered one as kubectl merges: lists by their keys, null deletes."""
 
 
+class CheckpointSpec(Section):
+    """Where the trainer saves checkpoints in bf16 or fp32, as save_pretrained writes them: the last resort of engines.
+
+    When the trainer has ended, some engine is behind, and no engine holds the committed version, one pod pushes the newest of them
+    as the next version. It is read-only there; the trainer's own mount is a matter of its podTemplate.
+    """
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (_ONE_SOURCE, "exactly one of path, hostPath and persistentVolumeClaim says where checkpoints are"),
+        )
+    )
+
+    path: AbsolutePath | None = None
+    """Folder inside the pod: in the operator's runtime image, or on a volume of podTemplate."""
+    host_path: AbsolutePath | None = None
+    """Folder on every node that the pod may run on."""
+    persistent_volume_claim: PersistentVolumeClaimSource | None = None
+    """Claim that holds the folder."""
+    pod_template: PodOverlay = Field(default_factory=dict)
+    """A part of a PodTemplateSpec, merged over the pod's as kubectl merges; its container is `restore`. It reads and converts all
+    weights in one process: on a large model give it memory."""
+
+
 class TransferSpec(Section):
     """How a push is made and ended."""
 
@@ -295,6 +320,10 @@ class TransferSpec(Section):
     """One deadline for a whole push."""
     max_version_skew: Annotated[int, Field(ge=0, le=1000)] = 0
     """Versions that an engine may be behind and still serve."""
+    checkpoint: CheckpointSpec | None = later(None)
+    """What engines are restored from when neither a trainer nor a peer holds the committed version: a folder of safetensors
+    files, or one of such folders, of which the one with the highest number at the end of its name is taken. Without it they stay
+    unready."""
 
 
 class TelemetrySpec(Section):

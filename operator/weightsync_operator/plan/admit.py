@@ -12,6 +12,7 @@ from weightsync_operator.api.names import Reason
 from weightsync_operator.api.status import PreflightError, PreflightStatus
 from weightsync_operator.plan.actions import Action, Apply, Delete, DryRun
 from weightsync_operator.plan.build.context import Manifest
+from weightsync_operator.plan.build.restore import job_for_version
 from weightsync_operator.plan.build.trainer import job_for_epoch
 from weightsync_operator.plan.observed import Seen, container_states, is_deleting
 from weightsync_operator.plan.render import Render, stamped
@@ -41,7 +42,9 @@ def step_admission(
 ) -> Admission:
     """The next step of admitting `revision`; `known` is the verdict in the status."""
     if seen.dry_run is None or seen.dry_run.revision != revision:
-        manifests = (*rendered.base, rendered.engines, job_for_epoch(rendered.trainer, 0), preflight_pod)
+        jobs = [job_for_epoch(rendered.trainer, 0)]
+        jobs += [] if rendered.restore is None else [job_for_version(rendered.restore, 0)]
+        manifests = (*rendered.base, rendered.engines, *jobs, preflight_pod)
         return _waiting("the API server judges the children", known, DryRun(revision=revision, manifests=manifests))
     if seen.dry_run.message:
         message = f"{seen.dry_run.field}: {seen.dry_run.message}"

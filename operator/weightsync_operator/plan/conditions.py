@@ -11,7 +11,9 @@ from weightsync_operator.api.names import Component, Condition, Reason, TrainerS
 from weightsync_operator.api.status import ConditionStatus, TrainerStatus, WeightSyncStatus
 from weightsync_operator.plan.admit import Admission
 from weightsync_operator.plan.fleet import Fleet, named
-from weightsync_operator.plan.observed import Seen, timestamp
+from weightsync_operator.plan.gang import LATCHED
+from weightsync_operator.plan.observed import Seen, has_ended, timestamp
+from weightsync_operator.plan.restore import Restore
 from weightsync_operator.plan.rollout import Rollout
 
 _HELPERS = frozenset({"self", "cuda_copy", "cuda_ipc"})
@@ -41,6 +43,7 @@ class Facts:
     gang: TrainerStatus
     fleet: Fleet
     rollout: Rollout
+    restore: Restore
     suspend: bool
     transports: tuple[str, ...]
     update_pending: bool
@@ -190,16 +193,17 @@ def _synced(facts: Facts) -> Verdict:
         return Verdict(None, Reason.NOT_READ_YET, "the ledger was not read yet")
     if ledger.error:
         return Verdict(None, Reason.UNREACHABLE, "the ledger cannot be read; engines go on with what they hold")
-    if facts.aborted_push is not None:
+    if facts.aborted_push is not None and not facts.restore.words:
         return Verdict(False, Reason.PUSH_ABORTED, _abort_message(facts.aborted_push))
     if not fleet.laggards:
         return Verdict(True, Reason.IN_SYNC, f"{len(fleet.replicas)} engines hold version {fleet.committed}")
     behind = len(fleet.replicas) - fleet.numbers().current + max(0, fleet.wanted - len(fleet.replicas))
     message = f"{behind} of {fleet.wanted} engines do not hold version {fleet.committed}: {named(fleet.laggards)}"
-    if facts.gang.state in (TrainerState.COMPLETE, TrainerState.FAILED) and fleet.committed > 0:
+    if facts.gang.state in LATCHED and fleet.committed > 0:
         ended = f"{message}; the trainer is {facts.gang.state.value}"
         if not fleet.lenders:
-            return Verdict(False, Reason.NO_SOURCE, f"{ended} and no one else has it")
+            words = f"{ended} and no one else has it" + (f"; {facts.restore.words}" if facts.restore.words else "")
+            return Verdict(False, Reason.RESTORING if facts.restore.under_way else Reason.NO_SOURCE, words)
         return Verdict(False, Reason.BEHIND, f"{ended}, peers that have it: {named(tuple(sorted(fleet.lenders)))}")
     return Verdict(False, Reason.BEHIND, message)
 
@@ -271,9 +275,9 @@ def _update_pending(facts: Facts) -> Verdict:
 def _suspended(facts: Facts) -> Verdict:
     if not facts.suspend:
         return Verdict(False, Reason.RUNNING)
-    trainer, engines = (facts.seen.of_kind("Pod", role) for role in (Component.TRAINER, Component.INFERENCE))
-    unfinished = [pod for pod in trainer if pod.get("status", {}).get("phase") not in ("Succeeded", "Failed")]
-    left = tuple(pod["metadata"]["name"] for pod in [*unfinished, *engines])
+    writers = [pod for role in (Component.TRAINER, Component.RESTORE) for pod in facts.seen.of_kind("Pod", role)]
+    unfinished = [pod for pod in writers if not has_ended(pod)]
+    left = tuple(pod["metadata"]["name"] for pod in [*unfinished, *facts.seen.of_kind("Pod", Component.INFERENCE)])
     if left:
         return Verdict(False, Reason.SUSPENDING, f"waits for {named(left)} to end")
     return Verdict(True, Reason.SUSPENDED, "no trainer, no engine; set spec.suspend to false to go on")

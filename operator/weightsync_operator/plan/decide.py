@@ -18,6 +18,7 @@ from weightsync_operator.plan.fleet import observe_fleet
 from weightsync_operator.plan.gang import GangStep, GangWish, step_gang
 from weightsync_operator.plan.observed import Seen, is_available, timestamp
 from weightsync_operator.plan.render import Render, base_at, engines_at, preflight_pod, revision_object, stamped
+from weightsync_operator.plan.restore import Restore, step_restore
 from weightsync_operator.plan.rollout import Rollout, step_rollout
 from weightsync_operator.plan.unread import keep_unread
 
@@ -72,13 +73,14 @@ def decide(wanted: Wanted, seen: Seen) -> Step:
     admission = _admit(wanted, before, seen)
     if admission.admitted and wanted.in_force_revision != wanted.revision:
         return _put_in_force(wanted, before, seen, admission)
-    gang, rollout, actions = GangStep(status=before.trainer), Rollout(), ()
+    gang, rollout, restore, actions = GangStep(status=before.trainer), Rollout(), Restore(), ()
     if wanted.in_force is not None:
         gang = _step_gang(wanted, wanted.in_force, before.trainer, seen)
         rollout = _step_rollout(wanted, wanted.in_force, gang.status, seen)
-        actions = (*_upkeep(wanted, wanted.in_force, seen), *gang.actions, *rollout.evictions)
+        restore = _step_restore(wanted, wanted.in_force, gang.status, seen)
+        actions = (*_upkeep(wanted, wanted.in_force, seen), *gang.actions, *rollout.evictions, *restore.actions)
     actions = (*admission.actions, *actions, *_prune(wanted, admission, seen))
-    status = _status(wanted, before, seen, admission, gang.status, rollout)
+    status = _status(wanted, before, seen, admission, gang.status, rollout, restore)
     if seen.ledger is None and wanted.missing_secret is None:  # else nobody will read it soon
         status = keep_unread(before, status)
     looks = [admission.look_again_s, gang.look_again_s]
@@ -116,7 +118,7 @@ def _put_in_force(wanted: Wanted, before: WeightSyncStatus, seen: Seen, admissio
     number = 1 + max((revision["revision"] for revision in revisions), default=0)
     keep = Apply(manifest=stamped(revision_object(wanted.ctx, wanted.revision, wanted.rendered, number)))
     noted = dataclasses.replace(wanted, in_force=wanted.rendered, in_force_revision=wanted.revision)
-    status = _status(noted, before, seen, admission, before.trainer, Rollout())
+    status = _status(noted, before, seen, admission, before.trainer, Rollout(), Restore())
     return Step(actions=(keep,), status=status, look_again_s=0)
 
 
@@ -161,6 +163,11 @@ def _step_rollout(wanted: Wanted, render: Render, gang: TrainerStatus, seen: See
     )
 
 
+def _step_restore(wanted: Wanted, render: Render, gang: TrainerStatus, seen: Seen) -> Restore:
+    spec = wanted.ctx.spec
+    return step_restore(render.restore, gang, observe_fleet(seen, spec.inference.replicas), seen, suspend=spec.suspend)
+
+
 def _prune(wanted: Wanted, admission: Admission, seen: Seen) -> tuple[Action, ...]:
     waited_for = None
     if not admission.admitted and not isinstance(wanted.rendered, SpecError):
@@ -177,7 +184,13 @@ def _prune(wanted: Wanted, admission: Admission, seen: Seen) -> tuple[Action, ..
 
 
 def _status(
-    wanted: Wanted, before: WeightSyncStatus, seen: Seen, admission: Admission, gang: TrainerStatus, rollout: Rollout
+    wanted: Wanted,
+    before: WeightSyncStatus,
+    seen: Seen,
+    admission: Admission,
+    gang: TrainerStatus,
+    rollout: Rollout,
+    restore: Restore,
 ) -> WeightSyncStatus:
     spec, render, owner = wanted.ctx.spec, wanted.in_force, wanted.ctx.owner
     generation = seen.resource["metadata"]["generation"]
@@ -190,6 +203,7 @@ def _status(
         gang=gang,
         fleet=fleet,
         rollout=rollout,
+        restore=restore,
         suspend=spec.suspend,
         transports=transports,
         update_pending=_update_pending(wanted),

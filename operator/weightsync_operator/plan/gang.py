@@ -13,7 +13,15 @@ from weightsync_operator.api.status import TrainerStatus
 from weightsync_operator.plan.actions import Action, Apply, Delete
 from weightsync_operator.plan.build.context import Manifest
 from weightsync_operator.plan.build.trainer import job_for_epoch, template_hash
-from weightsync_operator.plan.observed import Seen, condition, container_states, is_deleting, seconds, timestamp
+from weightsync_operator.plan.observed import (
+    Seen,
+    condition,
+    container_states,
+    has_ended,
+    is_deleting,
+    seconds,
+    timestamp,
+)
 from weightsync_operator.plan.render import stamped
 
 RESTART_DELAY_S = 5.0
@@ -21,7 +29,8 @@ MAX_RESTART_DELAY_S = 60.0
 LOOK_AGAIN_S = 5.0
 """While pods are awaited; their events usually come first."""
 
-_LATCHED = (TrainerState.COMPLETE, TrainerState.FAILED)
+LATCHED = (TrainerState.COMPLETE, TrainerState.FAILED)
+"""Nothing but another spec.trainer, or a larger budget, starts a gang again."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +60,7 @@ def step_gang(wish: GangWish, before: TrainerStatus, seen: Seen) -> GangStep:
     status = _remembering(_for_spec(wish, before), jobs)
     if status.state is TrainerState.FAILED and status.restarts <= wish.restarts:
         status = _moved(status, TrainerState.STOPPING, "the restart budget was raised")
-    if status.state in _LATCHED:
+    if status.state in LATCHED:
         return GangStep(status=status)
     if wish.suspend and status.state is not TrainerState.SUSPENDED:
         return _suspend(status, jobs, seen)
@@ -73,7 +82,7 @@ def _for_spec(wish: GangWish, before: TrainerStatus) -> TrainerStatus:
     if before.spec_hash == wish.spec_hash:
         return before
     fresh = before.model_copy(update={"spec_hash": wish.spec_hash, "restarts": 0, "failed_at": None})
-    if before.state in _LATCHED:
+    if before.state in LATCHED:
         return _moved(fresh, TrainerState.STOPPING, "spec.trainer changed")
     return fresh
 
@@ -132,7 +141,7 @@ def _finished_at(pod: Manifest) -> str:
 
 def _settle(wish: GangWish, status: TrainerStatus, jobs: list[Manifest], seen: Seen) -> GangStep:
     """Nothing of the gang is wanted as it is: clear the last epoch away, then note the next."""
-    if jobs or _pods(seen):
+    if jobs or _pods(seen) or _restoring(seen):
         return GangStep(status=status, actions=_deletions(jobs), look_again_s=LOOK_AGAIN_S)
     if wish.suspend:
         return GangStep(status=_moved(status, TrainerState.SUSPENDED, ""))
@@ -148,7 +157,7 @@ def _settle(wish: GangWish, status: TrainerStatus, jobs: list[Manifest], seen: S
 
 def _start(wish: GangWish, status: TrainerStatus, jobs: list[Manifest], seen: Seen) -> GangStep:
     """The epoch is noted and its Job does not exist; anything of another epoch has to go first."""
-    if jobs or _pods(seen):
+    if jobs or _pods(seen) or _restoring(seen):
         return GangStep(status=status, actions=_deletions(jobs), look_again_s=LOOK_AGAIN_S)
     return GangStep(status=status, actions=(Apply(manifest=stamped(job_for_epoch(wish.template, status.epoch))),))
 
@@ -179,6 +188,11 @@ def _delay_left_s(status: TrainerStatus, now: float) -> float:
 
 def _pods(seen: Seen) -> list[Manifest]:
     return seen.of_kind("Pod", Component.TRAINER)
+
+
+def _restoring(seen: Seen) -> bool:
+    """A push of a checkpoint takes an epoch of its own, which must not be ours."""
+    return any(not has_ended(child) for kind in ("Job", "Pod") for child in seen.of_kind(kind, Component.RESTORE))
 
 
 def _epoch(job: Manifest) -> int:

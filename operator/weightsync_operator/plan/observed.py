@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from weightsync.wire import PushSummary, ReplicaStatus
-from weightsync_operator.api.names import LABEL_COMPONENT, Component
+from weightsync_operator.api.names import LABEL_COMPONENT, SESSION_ROLES, Component
 from weightsync_operator.plan.build.context import Manifest
 
 ChildKey = tuple[str, str]
@@ -77,20 +77,27 @@ class Seen:
 
 
 def belongs_to(child: Manifest, uid: str) -> bool:
-    """True when the resource `uid` controls the child, or it is a trainer's or engine's pod with the resource's labels.
+    """True when the resource `uid` controls the child, or it is a pod of a session with the resource's labels.
 
     Those belong to their Job or set; also one whose owner is gone must be waited for.
     """
     references = child["metadata"].get("ownerReferences") or []
     controller = next((reference["uid"] for reference in references if reference.get("controller")), None)
     component = child["metadata"].get("labels", {}).get(LABEL_COMPONENT)
-    return controller == uid or (child["kind"] == "Pod" and component in (Component.TRAINER, Component.INFERENCE))
+    return controller == uid or (child["kind"] == "Pod" and component in SESSION_ROLES)
 
 
 def condition(child: Manifest, type_: str) -> bool:
     """True when the child's status has this condition with status True."""
     conditions = child.get("status", {}).get("conditions") or []
     return any(entry["type"] == type_ and entry["status"] == "True" for entry in conditions)
+
+
+def has_ended(child: Manifest) -> bool:
+    """True when a Job has finished, or all containers of a pod have."""
+    if child["kind"] == "Pod":
+        return child.get("status", {}).get("phase") in ("Succeeded", "Failed")
+    return condition(child, "Complete") or condition(child, "Failed")
 
 
 def disrupted_job(pod: Manifest) -> str | None:
@@ -128,6 +135,14 @@ def timestamp(seconds: float) -> str:
 
 def seconds(text: str | None) -> float | None:
     return None if text is None else datetime.fromisoformat(text).timestamp()
+
+
+def running_since(pod: Manifest, container: str) -> float | None:
+    """When the process of a container started, in seconds since the Unix epoch; None while there is none."""
+    for status in pod.get("status", {}).get("containerStatuses") or []:
+        if status["name"] == container and "running" in status.get("state", {}):
+            return seconds(status["state"]["running"].get("startedAt"))
+    return None
 
 
 def container_states(pod: Manifest) -> list[dict[str, Any]]:

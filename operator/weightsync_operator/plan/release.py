@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from weightsync_operator.api.names import FINALIZER, Component, Condition, Reason
+from weightsync_operator.api.names import FINALIZER, SESSION_ROLES, Condition, Reason
 from weightsync_operator.api.spec import WeightSyncSpec
 from weightsync_operator.api.status import WeightSyncStatus
 from weightsync_operator.plan.actions import Delete
@@ -51,14 +51,14 @@ def finalizer_patch(resource: Manifest, *, wanted: bool) -> dict[str, Any] | Non
 
 
 def step_release(seen: Seen, first_seen_at: float) -> Release:
-    """Take trainer and engines away and wait for their pods: one that still writes would write keys anew.
+    """Take whatever writes keys away and wait for its pods: one that still writes would write keys anew.
 
     first_seen_at: when this operator first saw the deletion, in seconds since the epoch.
     """
     deleted_at = seconds(seen.resource["metadata"]["deletionTimestamp"])
     overdue = deleted_at is not None and seen.now >= max(deleted_at + DEADLINE_S, first_seen_at + RETURN_S)
-    owners = [*seen.of_kind("Job", Component.TRAINER), *seen.of_kind("StatefulSet", Component.INFERENCE)]
-    pods = [*seen.of_kind("Pod", Component.TRAINER), *seen.of_kind("Pod", Component.INFERENCE)]
+    owners = [child for kind in ("Job", "StatefulSet") for role in SESSION_ROLES for child in seen.of_kind(kind, role)]
+    pods = [pod for role in SESSION_ROLES for pod in seen.of_kind("Pod", role)]
     return Release(
         actions=tuple(
             Delete(kind=owner["kind"], name=owner["metadata"]["name"], uid=owner["metadata"]["uid"], foreground=True)

@@ -27,6 +27,7 @@ from weightsync_operator.plan.build import (
     policies,
     preflight,
     redis,
+    restore,
     trainer,
 )
 from weightsync_operator.plan.build.context import Context, Manifest, owner_reference, selector_labels
@@ -59,6 +60,8 @@ class Render:
     """The Job that belongs to no epoch yet."""
     trainer_hash: str
     """What Complete, Failed and the count of restarts belong to: spec.trainer and the session."""
+    restore: Manifest | None = None
+    """The Job that pushes a checkpoint and belongs to no version yet; renders from before it was known have none."""
 
     @property
     def contract_name(self) -> str:
@@ -99,7 +102,7 @@ class Render:
 
     def to_data(self) -> dict[str, Any]:
         """Shallow: `dataclasses.asdict` would copy every manifest, in 13 ms."""
-        return dict(vars(self))
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Self:
@@ -143,6 +146,7 @@ def render(ctx: Context) -> Render:
         engines=inference.stateful_set(ctx, contract_name),
         trainer=trainer.job_template(ctx, contract_name),
         trainer_hash=digest(trainer_identity, 10),
+        restore=restore.job_template(ctx, contract_name),
     )
 
 

@@ -32,6 +32,7 @@ ROLES: Mapping[str, str] = {
     "redis": Component.REDIS,
     "mx": Component.MODEL_EXPRESS,
     "preflight": Component.PREFLIGHT,
+    "restore": Component.RESTORE,
 }
 
 _options = [

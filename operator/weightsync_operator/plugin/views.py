@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from weightsync_operator.api.names import LABEL_COMPONENT, LABEL_EPOCH, Condition
+from weightsync_operator.api.names import LABEL_COMPONENT, LABEL_EPOCH, LABEL_LOST_VERSION, Condition
 from weightsync_operator.plan.build.context import Manifest
 from weightsync_operator.plan.observed import condition, container_states, is_deleting
 
@@ -109,10 +109,11 @@ def _pod(pod: Manifest) -> str:
 
 
 def _job(job: Manifest) -> str:
-    epoch = job["metadata"].get("labels", {}).get(LABEL_EPOCH, "?")
-    shown = job.get("status", {})
+    labels, shown = job["metadata"].get("labels", {}), job.get("status", {})
+    lost = labels.get(LABEL_LOST_VERSION)
+    what = f"epoch {labels.get(LABEL_EPOCH, '?')}" if lost is None else f"a checkpoint, since version {lost} is lost"
     ended = next((end for end in ("Complete", "Failed") if condition(job, end)), f"{shown.get('active', 0)} active")
-    return f"epoch {epoch}, {ended}"
+    return f"{what}, {ended}"
 
 
 def _scaled(child: Manifest) -> str:

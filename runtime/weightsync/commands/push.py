@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from weightsync.checkpoint import sources_of_checkpoint
+from weightsync.checkpoint import newest_checkpoint, sources_of_checkpoint
 from weightsync.config import Contract, PodFacts
 from weightsync.errors import DeadlineExceeded, FencedOut, LedgerUnavailable
 from weightsync.publisher import Publisher, PushReport
@@ -53,13 +53,22 @@ def push(checkpoint: Path, *, contract: Contract, step: int = 0, take_over: bool
 
 
 def run(
-    checkpoint: Path, *, config: Path | None = None, step: int = 0, take_over: bool = False, as_json: bool = False
+    checkpoint: Path,
+    *,
+    config: Path | None = None,
+    step: int | None = None,
+    newest: bool = False,
+    take_over: bool = False,
+    as_json: bool = False,
 ) -> None:
     """The command: progress on standard error, the report on standard output.
 
-    `config` is the session's contract; without it the one that WEIGHTSYNC_CONFIG names. Raises what `push` raises.
+    `config` is the session's contract; without it the one that WEIGHTSYNC_CONFIG names. With `newest` the checkpoint is one of
+    folder `checkpoint`, and the number in its name the step. Raises what `push` raises.
     """
     contract = Contract.load() if config is None else Contract.load({"WEIGHTSYNC_CONFIG": str(config)})
+    checkpoint, its_step = newest_checkpoint(checkpoint) if newest else (checkpoint, 0)
+    step = its_step if step is None else step
     report = push(checkpoint, contract=contract, step=step, take_over=take_over, tell=_to_stderr)
     print(json.dumps(dataclasses.asdict(report)) if as_json else table(report))
 
@@ -93,7 +102,8 @@ Exit codes: 0 every engine serves it; 1 it was not pushed, and the error says wh
 @click.command("push", help=HELP)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--config", type=click.Path(path_type=Path), help="The session's contract; default $WEIGHTSYNC_CONFIG.")
-@click.option("--step", type=int, default=0, show_default=True, help="A label for the report and the status.")
+@click.option("--step", type=int, help="A label for the report and the status; default 0, or by --newest the name's.")
+@click.option("--newest", is_flag=True, help="CHECKPOINT holds checkpoints: push the one whose name ends highest.")
 @click.option("--take-over", is_flag=True, help="Push although a trainer lives, which is then refused for good.")
 @click.option("--json", "as_json", is_flag=True, help="The report as one JSON object.")
 def command(**options: Any) -> None:

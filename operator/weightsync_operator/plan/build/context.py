@@ -12,6 +12,7 @@ from weightsync_operator.api.names import (
     LABEL_INSTANCE,
     LABEL_MANAGED_BY,
     MANAGED_BY,
+    SESSION_ROLES,
     Component,
 )
 from weightsync_operator.api.spec import WeightSyncSpec
@@ -125,6 +126,13 @@ class Context:
     def enforces(self) -> bool:
         """Whether ModelExpress is ours and can check who calls it."""
         return self.defaults.token_review and self.spec.model_express.external is None
+
+    @property
+    def session_roles(self) -> tuple[Component, ...]:
+        """Roles of which this spec has pods that move weights."""
+        return tuple(
+            r for r in SESSION_ROLES if r is not Component.RESTORE or self.spec.transfer.checkpoint is not None
+        )
 
     @property
     def trainer_metrics_ports(self) -> dict[str, int]:

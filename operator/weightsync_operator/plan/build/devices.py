@@ -52,10 +52,10 @@ def network_annotations(ctx: Context) -> dict[str, str]:
 
 
 def claim_templates(ctx: Context) -> list[Manifest]:
-    """ResourceClaimTemplates of trainer and engines; none unless devices are claimed."""
+    """ResourceClaimTemplates of the roles that use devices; none unless devices are claimed."""
     if ctx.profile.devices is not Devices.CLAIM:
         return []
-    return [_claim_template(ctx, component) for component in (Component.TRAINER, Component.INFERENCE)]
+    return [_claim_template(ctx, component) for component in ctx.session_roles]
 
 
 def pod_claims(ctx: Context, component: Component) -> Manifest:
@@ -79,7 +79,7 @@ def _gke_networks(ctx: Context) -> tuple[str, ...]:
 def _claim_template(ctx: Context, component: Component) -> Manifest:
     """Named by its content: the API server lets nobody change one."""
     spec = ctx.spec
-    gpus = spec.trainer.gpus_per_node if component is Component.TRAINER else spec.inference.gpus
+    gpus = {Component.TRAINER: spec.trainer.gpus_per_node, Component.INFERENCE: spec.inference.gpus}.get(component, 0)
     claim = {"devices": _claimed(gpus, spec.fabric.count, spec.fabric.device_class or NIC_CLASS)}
     return {
         "apiVersion": CLAIM_API,

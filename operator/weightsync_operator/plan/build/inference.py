@@ -17,6 +17,8 @@ from weightsync_operator.plan.build.pod import (
 from weightsync_operator.plan.fabric import FabricChoice
 from weightsync_operator.plan.overlay import overlay_pod_template
 
+ENGINE = "engine"
+"""Name of the container."""
 READY_PATH = "/weightsync/v1/ready"
 LIVE_PATH = "/weightsync/v1/live"
 
@@ -56,7 +58,7 @@ def _pod(ctx: Context, contract_name: str) -> Manifest:
 
 def _container(ctx: Context) -> Manifest:
     return {
-        "name": "engine",
+        "name": ENGINE,
         "image": ctx.inference_image,
         "imagePullPolicy": ctx.defaults.pull_policy,
         "command": [INIT, "--", "python", "-m", "weightsync.vllm.serve", ctx.model_path],

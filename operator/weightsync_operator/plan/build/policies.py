@@ -26,18 +26,22 @@ def network_policies(ctx: Context) -> list[Manifest]:
 
     None where a podTemplate puts pods on the host's network: they come from a node's address, which no selector matches.
     """
-    overlays = (ctx.spec.trainer.pod_template, ctx.spec.inference.pod_template)
+    checkpoint = ctx.spec.transfer.checkpoint
+    overlays = [ctx.spec.trainer.pod_template, ctx.spec.inference.pod_template]
+    overlays += [] if checkpoint is None else [checkpoint.pod_template]
     if any((overlay.get("spec") or {}).get("hostNetwork") is True for overlay in overlays):
         return []
-    exchange = _from(ctx, Component.TRAINER, Component.INFERENCE)
+    exchange = _from(ctx, *ctx.session_roles)
     policies = [
         # NIXL, gloo and NCCL listen at ports that nobody knows beforehand.
         _policy(ctx, "trainer", Component.TRAINER, [exchange, *map(_anyone, ctx.trainer_metrics_ports.values())]),
         # Clients come from anywhere; the endpoint's own routes want a token.
         _policy(ctx, "inference", Component.INFERENCE, [exchange, _anyone(INFERENCE_PORT)]),
     ]
+    if checkpoint is not None:
+        policies.append(_policy(ctx, "restore", Component.RESTORE, [exchange]))
     if ctx.spec.redis.external is None:
-        ledger = _from(ctx, Component.TRAINER, Component.INFERENCE, Component.MODEL_EXPRESS)
+        ledger = _from(ctx, *ctx.session_roles, Component.MODEL_EXPRESS)
         operator = {"from": [{"namespaceSelector": {}, "podSelector": {"matchLabels": dict(OPERATOR_LABELS)}}]}
         policies.append(_policy(ctx, "redis", Component.REDIS, [_at(ledger, REDIS_PORT), _at(operator, REDIS_PORT)]))
     if ctx.spec.model_express.external is None:

@@ -1,0 +1,104 @@
+"""The last resort: one pod that pushes the newest checkpoint when neither a trainer nor a peer holds the committed version. Pure.
+
+The stored template belongs to no version; `job_for_version` makes the one attempt that follows the loss of one.
+"""
+
+from __future__ import annotations
+
+import copy
+
+from weightsync_operator.api.names import ANNOTATION_TEMPLATE, LABEL_LOST_VERSION, Component
+from weightsync_operator.api.spec import CheckpointSpec
+from weightsync_operator.plan.build.context import Context, Manifest
+from weightsync_operator.plan.build.pod import (
+    INIT,
+    device_resources,
+    fabric_security,
+    runtime_env,
+    runtime_mounts,
+    runtime_volumes,
+    session_pod_template,
+)
+from weightsync_operator.plan.hashing import digest
+from weightsync_operator.plan.overlay import overlay_pod_template
+
+CHECKPOINT_FOLDER = "/checkpoint"
+FIELD = "spec.transfer.checkpoint"
+RETRIES = 3
+"""Kubernetes starts the pod so often again, with a growing pause; a pod that lost a race with an engine's start does better."""
+
+
+def job_template(ctx: Context, contract_name: str) -> Manifest | None:
+    """A Job without a version; None without a checkpoint. Raises SpecError if podTemplate cannot be laid over it."""
+    checkpoint = ctx.spec.transfer.checkpoint
+    if checkpoint is None:
+        return None
+    template = session_pod_template(ctx, Component.RESTORE, _pod(ctx, checkpoint, contract_name))
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": ctx.metadata(ctx.child("restore"), Component.RESTORE),
+        "spec": {
+            "backoffLimit": RETRIES,
+            "podReplacementPolicy": "Failed",
+            "template": overlay_pod_template(template, checkpoint.pod_template, f"{FIELD}.podTemplate"),
+        },
+    }
+
+
+def job_for_version(template: Manifest, version: int) -> Manifest:
+    """The attempt that follows the loss of `version`; another template is another attempt."""
+    job = copy.deepcopy(template)
+    template_hash = restore_hash(template)
+    job["metadata"]["name"] += f"-{digest([template_hash, version], 8)}"
+    job["metadata"]["labels"][LABEL_LOST_VERSION] = str(version)
+    job["metadata"].setdefault("annotations", {})[ANNOTATION_TEMPLATE] = template_hash
+    return job
+
+
+def restore_hash(template: Manifest) -> str:
+    """Changes when an attempt that runs is of an older spec."""
+    return digest(template["spec"], 16)
+
+
+def _pod(ctx: Context, checkpoint: CheckpointSpec, contract_name: str) -> Manifest:
+    return {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": 10,
+        "containers": [_container(ctx, checkpoint)],
+        "volumes": [*runtime_volumes(ctx, contract_name), *_volumes(checkpoint)],
+    }
+
+
+def _container(ctx: Context, checkpoint: CheckpointSpec) -> Manifest:
+    folder = checkpoint.path or CHECKPOINT_FOLDER
+    return {
+        "name": "restore",
+        "image": ctx.defaults.runtime_image,
+        "imagePullPolicy": ctx.defaults.pull_policy,
+        "command": [INIT, "--", "weightsync", "push", "--newest", folder],
+        "env": runtime_env(ctx),
+        "resources": device_resources(ctx, 0, cpu="100m", memory="256Mi"),
+        "securityContext": fabric_security(ctx),
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": [*runtime_mounts(ctx), *_mounts(checkpoint)],
+    }
+
+
+def _volumes(checkpoint: CheckpointSpec) -> list[Manifest]:
+    if checkpoint.host_path is not None:
+        return [{"name": "checkpoint", "hostPath": {"path": checkpoint.host_path, "type": "Directory"}}]
+    if checkpoint.persistent_volume_claim is not None:
+        claim = {"claimName": checkpoint.persistent_volume_claim.claim_name, "readOnly": True}
+        return [{"name": "checkpoint", "persistentVolumeClaim": claim}]
+    return []
+
+
+def _mounts(checkpoint: CheckpointSpec) -> list[Manifest]:
+    if checkpoint.path is not None:
+        return []
+    mount: Manifest = {"name": "checkpoint", "mountPath": CHECKPOINT_FOLDER, "readOnly": True}
+    claim = checkpoint.persistent_volume_claim
+    if claim is not None and claim.sub_path is not None:
+        mount["subPath"] = claim.sub_path
+    return [mount]
