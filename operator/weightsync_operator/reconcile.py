@@ -30,7 +30,6 @@ from weightsync_operator.plan.build.auth import (
     secret,
 )
 from weightsync_operator.plan.build.context import Context, Manifest, Owner, split_address
-from weightsync_operator.plan.build.redis import certificate_of
 from weightsync_operator.plan.decide import Step, Wanted, decide
 from weightsync_operator.plan.errors import SpecError
 from weightsync_operator.plan.fabric import FabricChoice, choose_fabric
@@ -183,7 +182,7 @@ class Reconciler:
         return Wanted(
             ctx=ctx,
             secret=None if known is None else secret(owner, known.passwords, spec),
-            certificate=(known.certificate if known is not None else "") or _certificate(children, owner.name),
+            certificate="" if known is None else known.certificate,
             missing_secret=None if isinstance(credentials, Credentials) else credentials,
             revision=revision,
             fresh=_fresh(ctx),
@@ -323,11 +322,6 @@ def _version(child: Manifest) -> str:
 def _stored(children: Mapping[ChildKey, Manifest], name: str, revision: str) -> Render | None:
     kept = children.get(("ControllerRevision", f"{name}-{revision}"))
     return None if kept is None else Render.from_data(kept["data"])
-
-
-def _certificate(children: Mapping[ChildKey, Manifest], name: str) -> str:
-    """What Redis was started with: a Secret that is gone, or a newer spec without TLS, restarts nothing by itself."""
-    return certificate_of(children.get(("Deployment", f"{name}-redis")))
 
 
 def _optional_kinds(children: Mapping[ChildKey, Manifest]) -> frozenset[str]:

@@ -296,9 +296,21 @@ def test_a_certificate_is_noted_only_where_the_redis_in_force_speaks_tls() -> No
     assert certificate_of(_applied(early)["ws-redis"]) == ""
 
 
-def _applied(wanted: Wanted) -> dict[str, Any]:
+def test_another_secret_of_a_spec_that_is_not_admitted_yet_restarts_nothing() -> None:
+    """Seen to fail where the fingerprint was the spec's: Redis restarted on the Secret that it had before."""
+    wanted = dataclasses.replace(make_wanted(make_context(redis=MANAGED)), certificate="a")
+    redis = {**_applied(wanted)["ws-redis"], "kind": "Deployment"}
+    other = make_wanted(
+        make_context(redis={"tls": {"secretRef": {"name": "other"}}}), in_force=make_context(redis=MANAGED)
+    )
+    asked = dataclasses.replace(other, certificate="b")
+    assert certificate_of(_applied(asked)["ws-redis"]) == "", "a first pass has no pods to look at"
+    assert "ws-redis" not in _applied(asked, redis), "it is as it was applied"
+
+
+def _applied(wanted: Wanted, *children: dict[str, Any]) -> dict[str, Any]:
     """Deployments and sets that a first pass over `wanted` applies, by name."""
-    actions = decide(wanted, make_seen(wanted.ctx, status={"revision": wanted.in_force_revision})).actions
+    actions = decide(wanted, make_seen(wanted.ctx, *children, status={"revision": wanted.in_force_revision})).actions
     manifests = [action.manifest for action in actions if isinstance(action, Apply)]
     return {m["metadata"]["name"]: m for m in manifests if m["kind"] in ("Deployment", "StatefulSet")}
 

@@ -11,6 +11,7 @@ from weightsync_operator.plan import prune
 from weightsync_operator.plan.actions import Action, Apply
 from weightsync_operator.plan.admit import Admission, step_admission
 from weightsync_operator.plan.build.context import Context, Manifest, selector_labels
+from weightsync_operator.plan.build.redis import certificate_of
 from weightsync_operator.plan.conditions import Door, Facts, conditions
 from weightsync_operator.plan.drift import needs_apply
 from weightsync_operator.plan.errors import SpecError
@@ -36,7 +37,7 @@ class Wanted:
     secret: Manifest | None
     """None while `missing_secret`: what was applied last is left as it is."""
     certificate: str = ""
-    """Fingerprint of the managed Redis's certificate: the Secret's or, while that names none, the one that its pods have."""
+    """Fingerprint of the certificate in the Secret that the spec names for the managed Redis; empty for none, or while unread."""
     revision: str
     """Hash of the spec as it stands."""
     fresh: Render | SpecError
@@ -125,7 +126,7 @@ def _put_in_force(wanted: Wanted, before: WeightSyncStatus, seen: Seen, admissio
 def _upkeep(wanted: Wanted, render: Render, seen: Seen) -> tuple[Action, ...]:
     """Whatever of the stored render is missing or was changed."""
     replicas = 0 if wanted.ctx.spec.suspend else wanted.ctx.spec.inference.replicas
-    account, *rest = base_at(render, wanted.certificate)
+    account, *rest = base_at(render, _certificate(wanted, render, seen))
     secrets = () if wanted.secret is None else (wanted.secret,)
     manifests = [stamped(m) for m in (account, *secrets, *rest, engines_at(render, replicas))]
     return tuple(
@@ -133,6 +134,17 @@ def _upkeep(wanted: Wanted, render: Render, seen: Seen) -> tuple[Action, ...]:
         for manifest in manifests
         if needs_apply(manifest, seen.child(manifest["kind"], manifest["metadata"]["name"]))
     )
+
+
+def _certificate(wanted: Wanted, render: Render, seen: Seen) -> str:
+    """What the Secret of the Redis in force holds now, else what its pods were started with.
+
+    A Secret that is gone, a spec without TLS, or one that names another Secret and is not admitted yet restarts nothing.
+    """
+    tls = wanted.ctx.spec.redis.tls
+    if wanted.certificate and tls is not None and tls.secret_ref.name == render.certificate_secret:
+        return wanted.certificate
+    return certificate_of(seen.child("Deployment", wanted.ctx.child("redis")))
 
 
 def _step_gang(wanted: Wanted, render: Render, before: TrainerStatus, seen: Seen) -> GangStep:

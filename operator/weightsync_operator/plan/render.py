@@ -84,6 +84,11 @@ class Render:
         return {name: section[name] for name in ("host", "port", "username", "database")} | {"tls": "tls" in section}
 
     @property
+    def certificate_secret(self) -> str:
+        """Name of the Secret that its managed Redis takes its certificate from; empty for none."""
+        return next((redis.certificate_secret_of(child) for child in self.base if _is_redis(child)), "")
+
+    @property
     def auth(self) -> str:
         """Fingerprint of the passwords that it was rendered with."""
         metadata = self.engines["spec"]["template"]["metadata"]

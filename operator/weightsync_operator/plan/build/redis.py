@@ -8,6 +8,7 @@ from weightsync_operator.plan.build.context import REDIS_PORT, Context, Manifest
 from weightsync_operator.plan.build.pod import READ_BY_GROUP, container_security, pod_template, resources
 
 _ACL_FOLDER = "/etc/weightsync-redis"
+_TLS_VOLUME = "tls"
 _TLS_FOLDER = "/etc/weightsync-redis-tls"
 
 
@@ -42,6 +43,12 @@ def certificate_of(manifest: Manifest | None) -> str:
     return (manifest["spec"]["template"]["metadata"].get("annotations") or {}).get(ANNOTATION_CERTIFICATE, "")
 
 
+def certificate_secret_of(manifest: Manifest) -> str:
+    """Name of the Secret from which a Deployment's pods take their certificate; empty for none."""
+    volumes = manifest["spec"]["template"]["spec"]["volumes"]
+    return next((volume["secret"]["secretName"] for volume in volumes if volume["name"] == _TLS_VOLUME), "")
+
+
 def _pod(ctx: Context) -> Manifest:
     items = [{"key": "users.acl", "path": "users.acl"}]
     return {
@@ -59,7 +66,7 @@ def _tls_volumes(ctx: Context) -> list[Manifest]:
     tls = ctx.spec.redis.tls
     if tls is None:
         return []
-    return [{"name": "tls", "secret": {"secretName": tls.secret_ref.name, "defaultMode": READ_BY_GROUP}}]
+    return [{"name": _TLS_VOLUME, "secret": {"secretName": tls.secret_ref.name, "defaultMode": READ_BY_GROUP}}]
 
 
 def _data(ctx: Context) -> Manifest:
@@ -124,7 +131,7 @@ def _container(ctx: Context) -> Manifest:
         "volumeMounts": [
             {"name": "acl", "mountPath": _ACL_FOLDER, "readOnly": True},
             {"name": "data", "mountPath": "/data"},
-            *([{"name": "tls", "mountPath": _TLS_FOLDER, "readOnly": True}] if ctx.spec.redis.speaks_tls else []),
+            *([{"name": _TLS_VOLUME, "mountPath": _TLS_FOLDER, "readOnly": True}] if ctx.spec.redis.speaks_tls else []),
         ],
     }
 
