@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
+from weightsync_operator.api.names import LABEL_COMPONENT, Component
 from weightsync_operator.cluster import ApiError, Cluster
 from weightsync_operator.plan.actions import Delete, DryRun, Evict
 from weightsync_operator.plan.build.context import Manifest
+from weightsync_operator.plan.build.restore import FIELD as CHECKPOINT_FIELD
 from weightsync_operator.plan.observed import DryRunVerdict, belongs_to
 
 _TYPED_PATCH = re.compile(r"failed to create typed patch object \(.*?\): (?P<path>\.[^:]*): (?P<why>.*)", re.DOTALL)
-_TEMPLATE_OWNERS = {"StatefulSet": "spec.inference.podTemplate", "Job": "spec.trainer.podTemplate"}
+_TEMPLATE_OWNERS: Mapping[tuple[str, str], str] = {
+    ("StatefulSet", Component.INFERENCE): "spec.inference.podTemplate",
+    ("Job", Component.TRAINER): "spec.trainer.podTemplate",
+    ("Job", Component.RESTORE): f"{CHECKPOINT_FIELD}.podTemplate",
+}
 _INVALID = (400, 404, 422)
 """404: the API server does not know the kind, such as that of a claim before Kubernetes 1.34."""
 
@@ -57,7 +64,8 @@ def is_spec_error(error: ApiError) -> bool:
 def blame(manifest: Manifest, error: ApiError) -> tuple[str, str]:
     """(field of the WeightSync, message) for a refused child."""
     path, why = _place(error)
-    owner = _TEMPLATE_OWNERS.get(manifest["kind"])
+    component = manifest["metadata"].get("labels", {}).get(LABEL_COMPONENT, "")
+    owner = _TEMPLATE_OWNERS.get((manifest["kind"], component))
     if owner is not None and path.startswith("spec.template"):
         return owner + path.removeprefix("spec.template"), why[:900]
     return "spec", f"{manifest['kind']} {manifest['metadata']['name']} would be refused: {path}: {why}"[:900]

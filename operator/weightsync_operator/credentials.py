@@ -16,6 +16,7 @@ from weightsync_operator.plan.build.auth import (
     secret_value,
 )
 from weightsync_operator.plan.build.context import Manifest
+from weightsync_operator.plan.errors import SpecError
 
 
 async def read_credentials(
@@ -46,3 +47,13 @@ async def read_external(cluster: Cluster, namespace: str, external: ExternalRedi
     if ca is None:
         return password, None
     return password, secret_value(await cluster.get("Secret", namespace, ca.name), ca, EXTERNAL_CA_FIELD)
+
+
+async def ca_of_managed(cluster: Cluster, namespace: str, secret: str) -> str | None:
+    """Whom a managed Redis with a certificate of this Secret is trusted by; None while the Secret does not say."""
+    try:
+        return secret_value(
+            await cluster.get("Secret", namespace, secret), SecretKey(name=secret, key="ca.crt"), MANAGED_TLS_FIELD
+        )
+    except SpecError:
+        return None

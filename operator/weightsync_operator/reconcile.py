@@ -20,7 +20,7 @@ from weightsync_operator.api.names import (
 from weightsync_operator.api.spec import WeightSyncSpec
 from weightsync_operator.apply import carry_out, dry_run, is_taken
 from weightsync_operator.cluster import ApiError, Cluster
-from weightsync_operator.credentials import read_credentials
+from weightsync_operator.credentials import ca_of_managed, read_credentials
 from weightsync_operator.listing import LISTED, SECRET, WATCHED, Key, Listings
 from weightsync_operator.metrics import Metrics
 from weightsync_operator.plan.actions import Action, Apply, Delete, DryRun
@@ -125,7 +125,7 @@ class Reconciler:
             memory.kept = _optional_kinds(children)
             seen = await self._see(key, resource, children, memory)
             if isinstance(credentials, Credentials):
-                self._follow_ledger(key, wanted, credentials)
+                await self._follow_ledger(key, wanted, credentials)
             step = decide(wanted, seen)
             if fresh or (not step.actions and not status_patch(resource, step.status)):
                 return seen, step
@@ -238,29 +238,35 @@ class Reconciler:
             ledger=self._telemetry.view(key),
             dry_run=memory.dry_run,
             disrupted=frozenset(memory.disrupted),
-            mount_faults=await self._mount_faults(key[0], children),
+            mount_faults=await self._mount_faults(key[0], children, Component.PREFLIGHT),
+            restore_faults=await self._mount_faults(key[0], children, Component.RESTORE),
             refused=memory.refused,
             cluster_wide=not self._settings.namespaces,
             now=time.time(),
         )
 
-    async def _mount_faults(self, namespace: str, children: Mapping[ChildKey, Manifest]) -> tuple[str, ...]:
-        """Asked only while a preflight pod does not start."""
+    async def _mount_faults(
+        self, namespace: str, children: Mapping[ChildKey, Manifest], component: Component
+    ) -> tuple[str, ...]:
+        """Asked only while a pod of this role does not start."""
         for (kind, _), child in children.items():
             labels = child["metadata"].get("labels", {})
             pending = child.get("status", {}).get("phase") == "Pending"
-            if kind == "Pod" and labels.get(LABEL_COMPONENT) == Component.PREFLIGHT and pending:
+            if kind == "Pod" and labels.get(LABEL_COMPONENT) == component and pending:
                 return await self._cluster.mount_faults(namespace, child["metadata"]["uid"])
         return ()
 
-    def _follow_ledger(self, key: Key, wanted: Wanted, credentials: Credentials) -> None:
+    async def _follow_ledger(self, key: Key, wanted: Wanted, credentials: Credentials) -> None:
         if wanted.in_force is None:
             return
         access = wanted.in_force.ledger_access  # of the pods that run: a newer spec may want it elsewhere
         if wanted.ctx.spec.redis.external is None:
             host, port = split_address(self._settings.ledger_address.format(name=key[1], namespace=key[0]))
             access |= {"host": host, "port": port, "username": OPERATOR_USER}
-        password, ca = credentials.passwords.operator, credentials.ca
+        password, ca, tls = credentials.passwords.operator, credentials.ca, wanted.ctx.spec.redis.tls
+        name = wanted.in_force.certificate_secret
+        if name and (tls is None or tls.secret_ref.name != name):
+            ca = await ca_of_managed(self._cluster, key[0], name) or ca
         self._telemetry.watch(key, Ledger(**access, password=password, ca=ca, session=wanted.in_force.session))
 
     async def _do(self, key: Key, seen: Seen, step: Step, memory: Memory) -> float:

@@ -18,7 +18,7 @@ from pydantic.alias_generators import to_camel
 
 from weightsync.errors import ConfigError
 
-CONTRACT_VERSION = "1.2"
+CONTRACT_VERSION = "1.3"
 """major.minor. A runtime refuses another major; unknown keys are an error within the same minor and ignored beyond it."""
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -93,6 +93,9 @@ class TransferSection(_Section):
     arena_budget_bytes: Annotated[int, Field(gt=0)] | None = None
     """What the converted weights may take in one trainer rank, which then sends them through a ring of arenas and keeps none: late
     engines are caught up by their peers. None for all of them at once, kept for late engines. Needs commit staged."""
+    zero_copy: bool = False
+    """Whether weights that nothing converts are read where the trainer's model keeps them, instead of copied into an arena: then no
+    version is kept for late engines, and a push returns only when nothing reads the model any more."""
     quorum: Annotated[int, Field(ge=1)] | None = None
     """Replicas without which nothing is committed; None for all that are alive when a push begins."""
     verify: Literal["full", "sampled", "off"] = "full"

@@ -46,19 +46,23 @@ class TensorMeter:
 
 
 class WritesMeter:
-    """What a rank's writes (dtype `plan.WRITE`) bring from its slot arena (flat uint8), by target index."""
+    """What a rank's writes (dtype `plan.WRITE`) bring from each memory (flat uint8, all on one device), by target index."""
 
-    def __init__(self, arena: Tensor, writes: np.ndarray, targets: Sequence[Target]) -> None:
-        self._arena, self._writes, self._targets = arena, writes, targets
-        self._sums: Mapping[int, int] = {}
-        self._device = _DeviceSums(_pieces(arena, writes, targets)) if arena.is_cuda and len(writes) else None
+    def __init__(self, parts: Sequence[tuple[Tensor, np.ndarray]], targets: Sequence[Target]) -> None:
+        self._parts, self._targets = parts, targets
+        self._sums: dict[int, int] = {}
+        pieces = [piece for memory, writes in parts if memory.is_cuda for piece in _pieces(memory, writes, targets)]
+        self._device = _DeviceSums(pieces) if pieces else None
 
     def launch(self) -> None:
-        """Measure the arena as it is now; on a GPU on the current stream, and `read` waits for the result."""
+        """Measure the memory as it is now; on a GPU on the current stream, and `read` waits for the result."""
         if self._device is not None:
             self._device.launch()
-        elif len(self._writes):
-            self._sums = verify.digest_writes(self._arena, self._writes, self._targets)
+            return
+        self._sums = {}
+        for memory, writes in self._parts:
+            for index, digest in verify.digest_writes(memory, writes, self._targets).items():
+                self._sums[index] = (self._sums.get(index, 0) + digest) & verify.MASK
 
     @classmethod
     def read(cls, meters: Sequence[WritesMeter]) -> dict[int, int]:

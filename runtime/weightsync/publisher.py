@@ -9,8 +9,8 @@
 Every rank makes one and calls `push` for the same steps. A push converts this rank's shards into its slot arena, and returns
 when every engine serves them; the model may be changed at once. Between pushes a thread brings engines that start, restart or
 were torn up to the version that the arenas still hold, whatever the trainer is doing, so that a loop that samples from the
-engines never waits for a push that waits for it. With `transfer.arenaBudget` arenas hold no whole version: engines are brought
-up by their peers then, or by the next push. Imports torch and torch.distributed, never vLLM.
+engines never waits for a push that waits for it. With `transfer.arenaBudget` or `zeroCopy` arenas hold no whole version: engines
+are brought up by their peers then, or by the next push. Imports torch and torch.distributed, never vLLM.
 """
 
 from __future__ import annotations
@@ -126,6 +126,7 @@ class Publisher:
             layouts=layouts,
             format_=contract.transfer.format,
             budget_bytes=contract.transfer.arena_budget_bytes,
+            zero_copy=contract.transfer.zero_copy,
         )
         self._scales = ScaleExchange(_store(), self._rank, self._world_size)
         self._writer = Writer(rank=self._rank, agent=self._agent, slots=slots, rendezvous=self._rendezvous)
@@ -149,7 +150,10 @@ class Publisher:
         """
         with self._lock:
             self._held = None
-            self._held = self._push_until_committed(step)
+            try:
+                self._held = self._push_until_committed(step)
+            finally:
+                self._writer.settle()
             watch = self._watch if self._coordinator is None else self._coordinator.watch
             self._metrics.committed(self._held, watch.spans, transports_in_use())
             return _report(self._held)

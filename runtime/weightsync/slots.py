@@ -8,27 +8,36 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from weightsync import collector, device_memory
-from weightsync.conversion import convert_into, fp8
+from weightsync.conversion import convert_into, fp8, require_finite
 from weightsync.conversion.jobs import Job
 from weightsync.errors import ConversionError, PlanError
-from weightsync.layout import ring
+from weightsync.layout import live, ring
 from weightsync.layout.arenas import Carrier
 from weightsync.layout.forms import BLOCK, BlockRow, Carried, Columns, Group, Outline, Slot, wanted_of
+from weightsync.layout.live import LiveSpan
 from weightsync.layout.packing import Packed, in_terms_of, pack
 from weightsync.layout.records import SourceLayout, SourceTensor, TargetLayout
 from weightsync.layout.ring import Ring, make_ring, placed
 from weightsync.layout.shards import LocalPiece, LocalSources
 from weightsync.scale_exchange import Agree, alone
 
+Part = tuple[Tensor, np.ndarray]
+"""Flat uint8 memory, and the writes (dtype `plan.WRITE`) that come from it, counted from its first byte."""
 View = Callable[[int, int, str], Tensor]
 """(offset in bytes, elements, dtype) -> those elements of the arena."""
+logger = logging.getLogger(__name__)
+
 UE8M0 = "fp8-128x128-ue8m0"
 
 
@@ -37,7 +46,8 @@ class SlotArena:
 
     layouts: what every trainer rank holds, in the checkpoint's dtypes; this rank's is layouts[rank].
     format_: `transfer.format` of the contract. budget_bytes: what `buffer` may take; None for all that the rank carries.
-    group_bytes: what is converted at once, unless one holding is larger.
+    group_bytes: what is converted at once, unless one holding is larger. zero_copy: whether slots that nothing converts are read
+    where the model keeps them: the model must not change then before nothing reads it any more.
     """
 
     def __init__(
@@ -49,8 +59,15 @@ class SlotArena:
         format_: str,
         budget_bytes: int | None = None,
         group_bytes: int | None = None,
+        zero_copy: bool = False,
     ) -> None:
         self._rank = rank
+        self._zero_copy = zero_copy
+        self._live: dict[int, Tensor] = {}
+        """By number of the slot: its elements in the model's own memory."""
+        self._spans: Sequence[LiveSpan] = ()
+        self.live_memory: Sequence[Tensor] = ()
+        """[bytes] uint8 each: what of the model's memory live slots lie in, to be registered."""
         self._pieces: dict[str, list[LocalPiece]] = {}
         for piece in local.pieces:
             self._pieces.setdefault(piece.name, []).append(piece)
@@ -97,19 +114,28 @@ class SlotArena:
         whole = wanted_of(engines)
         packed = pack(engines, self._held)
         wanted = wanted_of(packed.layouts)
-        if wanted == self._wanted:
+        if wanted == self._wanted and not (self._live and self._places != self._present_places()):
             self._packed = packed
             return False
         _check_format(whole, self._format)
         carrier = Carrier(wanted, packed.columns, packed.rows, group_bytes=self._group_bytes)
         mine = carrier.carry(self._held[self._rank])
         all_ranks = [mine if rank == self._rank else carrier.outline(held) for rank, held in enumerate(self._held)]
-        rings = [make_ring(each.groups, each.arena_bytes, self._budget_bytes) for each in all_ranks]
+        sources = self._live_sources(mine) if self._zero_copy else {}
+        away = live.live_groups(mine.groups, frozenset(sources))
+        rings = [
+            make_ring(each.groups, each.arena_bytes, self._budget_bytes, away=away if each is mine else frozenset())
+            for each in all_ranks
+        ]
         # One element even for a rank that carries nothing: NIXL registers no empty memory. What fails here changes nothing.
         buffer = device_memory.allocate(max(rings[self._rank].length_bytes, 1), self._device)
         self._wanted, self._packed, self.buffer = wanted, packed, buffer
         self.layouts = tuple(each.layout for each in all_ranks)
-        self.ring, self.whole = rings[self._rank], all(each.whole for each in rings)
+        self.ring = rings[self._rank]
+        self.whole = not self._zero_copy and all(each.whole for each in rings)
+        self._live, self._places = sources, self._present_places()
+        self._spans = [live.span_of(s.offset_bytes, s.numel, s.dtype) for s in (mine.slots[i] for i in sorted(sources))]
+        self.live_memory = _storages(sources.values())
         self._mine = dataclasses.replace(mine, slots=placed(mine, self.ring))
         self._straddled = _Straddled.of(all_ranks)
         self._conversions = None
@@ -146,8 +172,12 @@ class SlotArena:
             with torch.cuda.device_of(self.buffer):  # threads begin on the first device, whatever their process uses
                 return self._conversions.run(number)
         group = self.groups[number]
-        for slot in self._mine.slots[group.first : group.stop]:
-            self._convert(slot)
+        for index in range(group.first, group.stop):
+            slot = self._mine.slots[index]
+            if index in self._live:
+                require_finite(self._live[index], name=slot.holding.name)
+            else:
+                self._convert(slot)
         return lambda: True
 
     def check(self) -> None:
@@ -157,12 +187,46 @@ class SlotArena:
 
     def _prepare_device(self) -> _Conversions:
         """A launch for each group and kind, prepared again only when the model's memory has moved."""
-        places = [piece.flat().data_ptr() for piece in self._firsts]
+        places = self._present_places()
         if self._conversions is None or self._places != places:
             sources = [self._source(slot) for slot in self._mine.slots]
-            self._conversions = _Conversions(self._mine, sources, self._view, self._straddled, self._format == UE8M0)
+            self._conversions = _Conversions(
+                self._mine, sources, frozenset(self._live), self._view, self._straddled, self._format == UE8M0
+            )
             self._places = places
         return self._conversions
+
+    def _present_places(self) -> list[int]:
+        return [piece.flat().data_ptr() for piece in self._firsts]
+
+    def parts(self, writes: np.ndarray, item_bytes: np.ndarray) -> tuple[Sequence[Part], ...]:
+        """By group: this rank's writes of a plan made with `layouts`, by the memory that they come from.
+
+        item_bytes: [targets] size of an element.
+        """
+        memories = [self._live[index].view(torch.uint8) for index in sorted(self._live)]
+        by_group = live.shares(writes, item_bytes, self.groups, self.ring.starts, self._spans)
+        return tuple(
+            [(self.buffer if share.owner == live.ARENA else memories[share.owner], share.writes) for share in group]
+            for group in by_group
+        )
+
+    def _live_sources(self, carried: Carried) -> dict[int, Tensor]:
+        """By number of the slot: the elements that engines want bit by bit, where a NIC can read them."""
+        found: dict[int, Tensor] = {}
+        for index, slot in enumerate(carried.slots):
+            if slot.scales is None and slot.columns is None and slot.dtype == slot.through:
+                source = self._source(slot)
+                if source.dtype == _dtype(slot.dtype) and source.device == self._device:
+                    found[index] = source
+        if found and not device_memory.registrable(found.values()):
+            logger.warning(
+                "transfer.zeroCopy: parameters lie in expandable segments, which no NIC reads; they are copied"
+            )
+            return {}
+        carried_bytes, live_bytes = carried.arena_bytes, sum(source.nbytes for source in found.values())
+        logger.info("transfer.zeroCopy: %d of about %d bytes are read in place", live_bytes, carried_bytes)
+        return found
 
     def _convert(self, slot: Slot) -> None:
         source = self._source(slot)
@@ -247,16 +311,29 @@ class _Conversions:
     """The groups' conversions on a GPU, prepared for the places in memory that the model has now."""
 
     def __init__(
-        self, carried: Carried, sources: Sequence[Tensor], view: View, straddled: _Straddled, ue8m0: bool
+        self,
+        carried: Carried,
+        sources: Sequence[Tensor],
+        live_slots: frozenset[int],
+        view: View,
+        straddled: _Straddled,
+        ue8m0: bool,
     ) -> None:
         from weightsync.conversion.device import DeviceConversion  # Triton is on GPU machines only
 
         self._view, self._straddled = view, straddled
         self._given: list[tuple[tuple[str, int], Tensor]] = []
+        numbers = [range(group.first, group.stop) for group in carried.groups]
+        copied = [[i for i in group if i not in live_slots] for group in numbers]
         self._groups = [
-            DeviceConversion(*self._jobs(carried.slots[g.first : g.stop], sources[g.first : g.stop]), ue8m0=ue8m0)
-            for g in carried.groups
+            DeviceConversion(*self._jobs([carried.slots[i] for i in group], [sources[i] for i in group]), ue8m0=ue8m0)
+            for group in copied
         ]
+        self._read = [
+            [(carried.slots[i].holding.name, sources[i]) for i in group if i in live_slots] for group in numbers
+        ]
+        """By group: tensors that are read in place, which are looked at only."""
+        self._greatest: dict[int, Tensor] = {}
 
     def begin(self, agreed: Mapping[tuple[str, int], Tensor]) -> None:
         for key, amax in self._given:
@@ -264,6 +341,9 @@ class _Conversions:
 
     def run(self, number: int) -> Callable[[], bool]:
         self._groups[number].run()
+        if self._read[number]:
+            tensors = [tensor for _, tensor in self._read[number]]
+            self._greatest[number] = get_total_norm(tensors, norm_type=math.inf, foreach=True)
         done = torch.cuda.Event()
         done.record()
         return done.query
@@ -271,7 +351,11 @@ class _Conversions:
     def check(self) -> None:
         flags = [flag for group in self._groups for flag in group.flags]
         names = [name for group in self._groups for name in group.names]
-        bad = sorted({names[i] for i in torch.cat(flags).nonzero().flatten().tolist()}) if flags else []
+        bad = {names[i] for i in torch.cat(flags).nonzero().flatten().tolist()} if flags else set[str]()
+        for number, greatest in self._greatest.items():
+            if not torch.isfinite(greatest):
+                bad |= {name for name, tensor in self._read[number] if not torch.isfinite(tensor).all()}
+        bad = sorted(bad)
         if bad:
             raise ConversionError(
                 f"{len(bad)} tensors have an infinity or a NaN, such as {', '.join(bad[:5])}: the optimizer step "
@@ -301,6 +385,15 @@ class _Conversions:
         amax = torch.zeros(count, across, dtype=torch.int32, device=device)
         self._given += [((slot.name, row), amax[row - first]) for row in shared]
         return amax
+
+
+def _storages(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The whole memory that tensors are parts of, once, as flat uint8."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
+    return [
+        torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+        for tensor in storages.values()
+    ]
 
 
 def _blocks(slot: Slot) -> tuple[int, int, int]:

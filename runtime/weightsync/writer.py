@@ -30,7 +30,7 @@ from weightsync.rendezvous.incarnation import RankKey, replica_ranks
 from weightsync.rendezvous.modelexpress import EngineDescriptor
 from weightsync.rendezvous.records import PushRecord
 from weightsync.scale_exchange import Agree, alone
-from weightsync.slots import SlotArena
+from weightsync.slots import Part, SlotArena
 from weightsync.telemetry import Span
 from weightsync.transport import Agent, Region, Transfer, TransferState
 from weightsync.waiting import Deadline
@@ -82,8 +82,8 @@ class _Planned:
     """What this rank writes into the engines of one layout."""
 
     plan: Plan
-    writes: tuple[np.ndarray, ...]
-    """By group of the arena; dtype `plan.WRITE`."""
+    parts: tuple[Sequence[Part], ...]
+    """By group of the arena."""
     meters: tuple[WritesMeter, ...]
 
     def partials(self) -> dict[int, int]:
@@ -104,7 +104,7 @@ class Written:
 
 
 class Writer:
-    """Writes this rank's slot arena into engines; registers it with `agent` whenever it is laid out anew."""
+    """Writes this rank's slots into engines; registers their memory with `agent` whenever it is laid out anew."""
 
     def __init__(self, *, rank: int, agent: Agent, slots: SlotArena, rendezvous: Directory) -> None:
         self._rank = rank
@@ -121,6 +121,7 @@ class Writer:
         """Two threads wait for handles while groups are converted; one looks at a handle at a time."""
         self._stuck: list[tuple[_Peer, Deadline]] = []
         """Peers that were lost while bytes were on their way, and the deadline of that push."""
+        self._registered: list[Sequence[torch.Tensor]] = []
 
     @property
     def keeps_versions(self) -> bool:
@@ -247,6 +248,14 @@ class Writer:
         """Around the wait for what engines make of a push: the last words to them are sent on until they are heard."""
         return self._agent.sending_on()
 
+    def settle(self) -> None:
+        """Until nothing reads the model's own memory, so that its owner may change it. At once where everything is copied.
+
+        Lost peers are waited for, up to GRACE_S after their push's deadline, when this process ends: nothing else stops a transfer.
+        """
+        if self._slots.live_memory:
+            self._wait_stuck()
+
     def close(self) -> None:
         """Release every handle; all are terminal between pushes, or end this process."""
         self._wait_stuck()
@@ -328,14 +337,13 @@ class Writer:
         engines = {digest: self._layouts[digest] for digest in digests}
         if catch_up:
             if not self._slots.whole:
-                raise PlanError("the arena is a ring that holds no whole version: peers catch up, or the next push")
+                raise PlanError("the arenas hold no whole version: peers catch up, or the next push")
             if not self._slots.carries(engines):
                 raise PlanError(
                     "the engines to catch up want other formats than the last push had: the next push brings them"
                 )
             return
         self._wait_stuck()
-        old = self._slots.buffer
         if not self._slots.lay_out(engines):
             return
         self._held = Held(self._slots.layouts)
@@ -343,22 +351,26 @@ class Writer:
             self._drop(key)
         self._planned.clear()
         self._partials.clear()
-        if old.numel():
-            self._agent.deregister(old)
-        self._agent.register([self._slots.buffer])
+        for tensors in self._registered:
+            self._agent.deregister(tensors[0])
+        self._registered = []
+        for tensors in ([self._slots.buffer], self._slots.live_memory):
+            if tensors:
+                self._agent.register(tensors)
+                self._registered.append(tensors)
 
     def _connect(self, met: _Met) -> _Peer:
         digest = met.layout_digest
         if digest not in self._planned:
             started = time.monotonic()
             self._planned[digest] = self._plan(digest)
-            n_writes, took_s = sum(map(len, self._planned[digest].writes)), time.monotonic() - started
+            n_writes = sum(len(writes) for parts in self._planned[digest].parts for _, writes in parts)
+            took_s = time.monotonic() - started
             logger.info("planned layout %s: %d writes in %.2f s", digest, n_writes, took_s)
         agent_name = self._agent.connect(met.descriptor.metadata)
         planned = self._planned[digest]
         transfers = [
-            self._prepare(agent_name, planned.plan, writes, met.descriptor) if len(writes) else None
-            for writes in planned.writes
+            self._prepare(agent_name, planned.plan, parts, met.descriptor) if parts else None for parts in planned.parts
         ]
         return _Peer(agent_name, digest, tuple(transfers))
 
@@ -367,34 +379,13 @@ class Writer:
         plan = make_plan(self._held, self._slots.wants(digest))
         writes = plan.writes(self._rank)
         item_bytes = np.array([ITEM_BYTES[target.dtype] for target in plan.targets], dtype=np.int64)
-        first_byte = writes["slot_offset"] * item_bytes[writes["target_index"]]
-        ends = [group.stop_bytes for group in self._slots.groups]
-        group_of = np.searchsorted(ends, first_byte, side="right")
-        moved = [
-            start - group.start_bytes for group, start in zip(self._slots.groups, self._slots.ring.starts, strict=True)
-        ]
-        if len(writes):
-            writes["slot_offset"] += np.array(moved, dtype=np.int64)[group_of] // item_bytes[writes["target_index"]]
-        by_group = tuple(writes[group_of == number] for number in range(len(ends)))
-        meters = tuple(WritesMeter(self._slots.buffer, mine, plan.targets) for mine in by_group)
+        by_group = self._slots.parts(writes, item_bytes)
+        meters = tuple(WritesMeter(parts, plan.targets) for parts in by_group)
         return _Planned(plan, by_group, meters)
 
-    def _prepare(self, agent_name: str, plan: Plan, writes: np.ndarray, descriptor: EngineDescriptor) -> Transfer:
-        local, remote = zip(*self._pairs(plan, writes, descriptor), strict=True)
+    def _prepare(self, agent_name: str, plan: Plan, parts: Sequence[Part], descriptor: EngineDescriptor) -> Transfer:
+        local, remote = zip(*_pairs(plan, parts, descriptor), strict=True)
         return self._agent.prepare(agent_name, local, remote)
-
-    def _pairs(self, plan: Plan, writes: np.ndarray, descriptor: EngineDescriptor) -> Iterator[tuple[Region, Region]]:
-        """(local, remote) of each write."""
-        arena = self._slots.buffer
-        device_id = max(arena.get_device(), 0)
-        remote = [(descriptor.tensors[target.name], ITEM_BYTES[target.dtype]) for target in plan.targets]
-        for slot, index, offset, length in writes.tolist():
-            tensor, item_bytes = remote[index]
-            here, there, length_bytes = (count * item_bytes for count in (slot, offset, length))
-            yield (
-                Region(address=arena.data_ptr() + here, length_bytes=length_bytes, device_id=device_id),
-                Region(address=tensor.address + there, length_bytes=length_bytes, device_id=tensor.device_id),
-            )
 
     def _last_word(self, record: PushRecord, peer: _Peer) -> Notification:
         """What a peer is told, and every other one of its layout: a fleet has few, and each model many targets."""
@@ -453,6 +444,20 @@ class Writer:
             transfer.release()
         with suppress(TransportError):  # NIXL itself forgets a peer whose connection broke
             self._agent.disconnect(peer.agent_name)
+
+
+def _pairs(plan: Plan, parts: Sequence[Part], descriptor: EngineDescriptor) -> Iterator[tuple[Region, Region]]:
+    """(local, remote) of each write."""
+    remote = [(descriptor.tensors[target.name], ITEM_BYTES[target.dtype]) for target in plan.targets]
+    for memory, writes in parts:
+        address, device_id = memory.data_ptr(), max(memory.get_device(), 0)
+        for slot, index, offset, length in writes.tolist():
+            tensor, item_bytes = remote[index]
+            here, there, length_bytes = (count * item_bytes for count in (slot, offset, length))
+            yield (
+                Region(address=address + here, length_bytes=length_bytes, device_id=device_id),
+                Region(address=tensor.address + there, length_bytes=length_bytes, device_id=tensor.device_id),
+            )
 
 
 def _in_flight(transfers: Sequence[Transfer]) -> list[Transfer]:

@@ -7,13 +7,21 @@ from typing import Any
 
 import pytest
 
+from weightsync_operator.api.names import Component
 from weightsync_operator.apply import blame, dry_run, is_spec_error
 from weightsync_operator.cluster import ApiError
 from weightsync_operator.plan.actions import DryRun
+from weightsync_operator.plan.build.context import selector_labels
 from weightsync_operator.plan.observed import DryRunVerdict
 
-ENGINES = {"kind": "StatefulSet", "metadata": {"name": "ws-inference"}}
-JOB = {"kind": "Job", "metadata": {"name": "ws-trainer-0"}}
+
+def _child(kind: str, name: str, component: Component) -> dict[str, Any]:
+    return {"kind": kind, "metadata": {"name": name, "labels": selector_labels("ws", component)}}
+
+
+ENGINES = _child("StatefulSet", "ws-inference", Component.INFERENCE)
+JOB = _child("Job", "ws-trainer-0", Component.TRAINER)
+RESTORE = _child("Job", "ws-restore-1234", Component.RESTORE)
 REDIS = {"kind": "Deployment", "metadata": {"name": "ws-redis"}}
 TYPO = (
     "failed to create typed patch object (ns/ws-inference; apps/v1, Kind=StatefulSet):"
@@ -51,6 +59,12 @@ def test_a_typo_is_told_from_an_outage(status: int, message: str, is_spec: bool)
             JOB,
             _invalid("spec.template.spec.containers[1].image", "Required value"),
             "spec.trainer.podTemplate.spec.containers[1].image",
+            "Required value",
+        ),
+        (
+            RESTORE,
+            _invalid("spec.template.spec.containers[0].image", "Required value"),
+            "spec.transfer.checkpoint.podTemplate.spec.containers[0].image",
             "Required value",
         ),
         (REDIS, _invalid("spec.x", "no"), "spec", "Deployment ws-redis would be refused: spec.x: no"),

@@ -80,6 +80,14 @@ def test_a_budget_of_the_trainers_arena_reaches_the_runtime_and_older_ones_see_n
     assert (_contract().contract, _contract().transfer.arena_budget_bytes) == ("1.1", None)
 
 
+def test_zero_copy_reaches_the_runtime_and_older_ones_see_no_new_key() -> None:
+    asked = _contract(transfer={"zeroCopy": True, "commit": "staged", "staging": "device", "arenaBudgetGiB": 2})
+    assert (asked.contract, asked.transfer.zero_copy, asked.transfer.arena_budget_bytes) == ("1.3", True, 2 << 30)
+    assert _contract().transfer.zero_copy is False
+    documents = [c["data"]["contract.json"] for c in render(make_context()).base if c["kind"] == "ConfigMap"]
+    assert "zeroCopy" not in documents[0]
+
+
 def test_by_default_a_push_is_in_place_wholly_verified_and_committed_by_all() -> None:
     transfer = _contract().transfer
     assert (transfer.commit, transfer.staging, transfer.staging_budget_bytes) == ("inPlace", "none", None)

@@ -86,6 +86,7 @@ GOOD: dict[str, dict[str, Any]] = {
             "staging": "pinnedHost",
             "stagingBudgetGiB": 64,
             "arenaBudgetGiB": 8,
+            "zeroCopy": True,
             "quorum": 3,
             "verify": "sampled",
             "prefixCache": "keep",

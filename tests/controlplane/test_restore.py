@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
-from tests.controlplane.builders import NOW, applied, make_context, make_ledger, make_pod, make_seen, make_wanted
-from weightsync_operator.api.names import ANNOTATION_TEMPLATE, LABEL_LOST_VERSION, Component, Condition, Reason
-from weightsync_operator.api.status import ConditionStatus, TrainerStatus, WeightSyncStatus
+from tests.controlplane.builders import (
+    NOW,
+    applied,
+    make_context,
+    make_ledger,
+    make_pod,
+    make_push,
+    make_seen,
+    make_wanted,
+)
+from weightsync_operator.api.names import (
+    ANNOTATION_TEMPLATE,
+    LABEL_LOST_VERSION,
+    Component,
+    Condition,
+    Reason,
+    TrainerState,
+)
+from weightsync_operator.api.status import ConditionStatus, TrainerStatus, VersionStatus, WeightSyncStatus
 from weightsync_operator.plan.actions import Apply, Delete, DryRun
 from weightsync_operator.plan.admit import step_admission
 from weightsync_operator.plan.build.restore import job_for_version, restore_hash
 from weightsync_operator.plan.decide import Step, Wanted, decide
 from weightsync_operator.plan.errors import SpecError
 from weightsync_operator.plan.gang import GangWish, step_gang
-from weightsync_operator.plan.observed import LedgerView, timestamp
+from weightsync_operator.plan.observed import timestamp
 from weightsync_operator.plan.render import Render, preflight_pod, render, revision_of
 
 CHECKPOINT = {"persistentVolumeClaim": {"claimName": "checkpoints", "subPath": "run-1"}}
@@ -56,10 +71,15 @@ def _pass(
     trainer: str = "Complete",
     suspend: bool = False,
     version: int = 42,
-    view: LedgerView | None = None,
+    stood: int = 0,
+    session: str | None = None,
+    unread: bool = False,
     **ledger: Any,
 ) -> Step:
-    """A pass after training: `version` is committed, and these replicas hold what they hold."""
+    """A pass after training: `version` is committed, and these replicas hold what they hold.
+
+    stood: the version that the status had, of `session`; unread: the ledger was not asked yet.
+    """
     wanted = wanted or _wanted()
     if suspend:
         spec = wanted.ctx.spec.model_copy(update={"suspend": True})
@@ -69,10 +89,11 @@ def _pass(
     gang = TrainerStatus.model_validate(
         {"epoch": 1, "state": trainer, "specHash": wanted.in_force.trainer_hash, **spent}
     )
-    status = WeightSyncStatus(revision=wanted.in_force_revision, trainer=gang)
+    shown_version = VersionStatus(committed=stood, session=wanted.in_force.session if session is None else session)
+    status = WeightSyncStatus(revision=wanted.in_force_revision, trainer=gang, version=shown_version)
     children = [*applied(wanted), *(make_pod(name) for name in ENGINES), *extra]
     by_key = {(child["kind"], child["metadata"]["name"]): child for child in children}
-    view = view or make_ledger(version, NOBODY_HAS_IT if replicas is None else replicas, **ledger)
+    view = None if unread else make_ledger(version, NOBODY_HAS_IT if replicas is None else replicas, **ledger)
     shown = status.model_dump(mode="json", by_alias=True, exclude_none=True)
     return decide(wanted, make_seen(wanted.ctx, *by_key.values(), status=shown, ledger=view))
 
@@ -130,6 +151,28 @@ def test_an_attempt_that_failed_is_not_repeated_and_says_why() -> None:
     assert "failed: no complete checkpoint; mend spec.transfer.checkpoint" in _synced(step).message
 
 
+@pytest.mark.parametrize("over", [{"unread": True}, {"error": "no answer in 2 s"}])
+def test_an_attempt_that_failed_stays_while_the_ledger_is_silent(over: dict[str, Any]) -> None:
+    """Else each restart of the operator, and each outage of Redis, would try it again."""
+    assert _deleted(_pass(_job(_wanted(), condition="Failed"), **over)) == []
+
+
+@pytest.mark.parametrize("message", ["", " \n ", None])
+def test_an_attempt_that_left_no_word_is_told_by_its_exit_code(message: str) -> None:
+    pod = make_pod("ws-restore-a", Component.RESTORE, phase="Failed", exit_code=137, message=message)
+    step = _pass(_job(_wanted(), condition="Failed"), pod)
+    assert "failed: exit code 137; mend" in _synced(step).message
+    degraded = next(c for c in step.status.conditions if c.type == Condition.DEGRADED)
+    assert (degraded.status, degraded.reason) == ("True", Reason.RESTORE_FAILED)
+
+
+def test_an_attempt_is_withdrawn_when_an_engine_that_has_the_version_comes_back() -> None:
+    """One that has made a version is left to end."""
+    back = {ENGINES[0]: (42, "CLEAN"), ENGINES[1]: (0, "CLEAN")}
+    job, earlier = _job(_wanted()), _job(_wanted(), 41)
+    assert _deleted(_pass(job, earlier, replicas=back)) == [job["metadata"]["name"]]
+
+
 def test_another_checkpoint_is_another_attempt_and_takes_the_failed_one_away() -> None:
     failed = _job(_wanted(), condition="Failed")
     mended = _wanted({"hostPath": "/mended"})
@@ -146,55 +189,86 @@ def test_an_attempt_of_an_older_spec_is_stopped_and_one_that_has_just_succeeded_
     assert _deleted(_pass(ended)) == [ended["metadata"]["name"]]
 
 
+def _engine(
+    name: str, started_s_ago: float | None = None, *, ready: bool = False, deleting: bool = False
+) -> dict[str, Any]:
+    """An engine's pod whose process started so long before NOW, or has none."""
+    pod = make_pod(name, ready=ready, deleting=deleting)
+    running = {} if started_s_ago is None else {"running": {"startedAt": timestamp(NOW - started_s_ago)}}
+    pod["status"]["containerStatuses"] = [{"name": "sidecar", "state": {}}, {"name": "engine", "state": running}]
+    return pod
+
+
 HELD: dict[str, dict[str, Any]] = {
     "an engine serves it and lends": {"replicas": {ENGINES[0]: (42, "CLEAN")}, "lends": ENGINES},
     "an engine serves it and cannot lend": {"replicas": {ENGINES[0]: (42, "CLEAN")}},
     "a push is open on an engine that has it": {"replicas": {ENGINES[0]: (42, "OPEN")}},
+    "an engine is about to resume with it": {"replicas": {ENGINES[0]: (41, "VERIFIED"), ENGINES[1]: (41, "VERIFIED")}},
+    "an engine serves what may still be served": {
+        "replicas": {ENGINES[0]: (41, "CLEAN"), ENGINES[1]: (0, "CLEAN")},
+        "pods": [_engine(ENGINES[0], 6000, ready=True)],
+    },
     "the trainer runs": {"trainer": "Running"},
     "the trainer is about to run": {"trainer": "Stopping"},
     "the ledger is silent": {"error": "no answer in 2 s"},
     "nothing is named": {"wanted": make_wanted(make_context(inference={"replicas": 2}))},
     "it is suspended": {"suspend": True},
     "nothing was ever committed": {"version": 0, "replicas": {ENGINES[0]: (0, "DIRTY")}},
+    "the ledger was not read": {"unread": True},
 }
 
 
 @pytest.mark.parametrize("case", HELD)
 def test_no_checkpoint_is_pushed_while(case: str) -> None:
-    assert _made(_pass(**HELD[case])) == []
-
-
-def _engine(name: str, started_s_ago: float | None, *, deleting: bool = False) -> dict[str, Any]:
-    """An engine's pod whose process started so long before NOW, or has none."""
-    pod = make_pod(name, deleting=deleting)
-    running = {} if started_s_ago is None else {"running": {"startedAt": timestamp(NOW - started_s_ago)}}
-    pod["status"]["containerStatuses"] = [{"name": "sidecar", "state": {}}, {"name": "engine", "state": running}]
-    return pod
+    fields = dict(HELD[case])
+    assert _made(_pass(*fields.pop("pods", ()), **fields)) == []
 
 
 @pytest.mark.parametrize(
-    ("pod", "waits"),
+    ("pod", "words"),
     [
-        (_engine(ENGINES[0], 600), True),
-        (_engine(ENGINES[0], 10), False),
-        (_engine(ENGINES[0], None), False),
-        (_engine(ENGINES[0], 600, deleting=True), False),
+        (_engine(ENGINES[0], 6000), "whose heartbeat ended"),
+        (_engine(ENGINES[0], 60), "waits for ws-inference-0 to join"),
+        (_engine(ENGINES[0], 1000), ""),
+        (_engine(ENGINES[0]), ""),
+        (_engine(ENGINES[0], 6000, deleting=True), ""),
     ],
-    ids=["it still runs", "it was restarted since", "it is down", "it is leaving"],
+    ids=["it has run since the push", "it starts", "it started and never joined", "it is down", "it is leaving"],
 )
-def test_a_silent_engine_is_waited_for_only_while_it_may_hold_the_version(pod: dict[str, Any], waits: bool) -> None:
-    """Its last word, a minute ago, was that it holds version 42. Else a pod that never starts holds up the others for ever."""
-    ledger = make_ledger(42, {ENGINES[0]: (42, "CLEAN"), ENGINES[1]: (0, "CLEAN")}, live=frozenset({ENGINES[1]}))
-    records = tuple(dataclasses.replace(record, updated_at=NOW - 60) for record in ledger.replicas)
-    step = _pass(pod, view=dataclasses.replace(ledger, replicas=records))
-    assert (_made(step) == []) is waits
-    assert ("waits for ws-inference-0, whose heartbeat ended" in _synced(step).message) is waits
+def test_a_silent_engine_is_waited_for_while_it_may_hold_the_version_or_is_about_to_join(
+    pod: dict[str, Any], words: str
+) -> None:
+    """The last push ended 3000 s ago. Else a checkpoint replaces what it holds; or a pod that never starts holds up the others."""
+    step = _pass(pod, replicas={ENGINES[1]: (0, "CLEAN")}, last_push=make_push(42, finished_at=NOW - 3000))
+    assert (_made(step) == []) is bool(words)
+    assert words in _synced(step).message
+    assert (step.look_again_s is not None) is bool(words)
 
 
-def test_a_push_of_the_checkpoint_waits_for_an_engine_to_be_written_to() -> None:
-    step = _pass(live=frozenset())
-    assert (_made(step), _synced(step).reason) == ([], Reason.RESTORING)
-    assert "waits for an engine to start" in _synced(step).message
+def test_right_after_a_push_engines_are_given_the_time_to_say_that_they_hold_it() -> None:
+    """The trainer exits after its last push, and the view of the ledger is from before the engines resumed."""
+    just, long_ago = (_pass(last_push=make_push(42, finished_at=NOW - s)) for s in (10, 100))
+    assert (_made(just), len(_made(long_ago))) == ([], 1)
+    assert "the last push has only just ended" in _synced(just).message
+
+
+def test_a_push_of_the_checkpoint_waits_for_the_engines_that_it_needs() -> None:
+    assert "0 of the 1 that a push needs are there" in _synced(_pass(live=frozenset())).message
+    quorum = make_wanted(make_context(inference={"replicas": 2}, transfer={"checkpoint": CHECKPOINT, "quorum": 2}))
+    one = _pass(wanted=quorum, live=frozenset({ENGINES[1]}))
+    assert (_made(one), _synced(one).reason) == ([], Reason.RESTORING)
+    assert len(_made(_pass(wanted=quorum))) == 1
+
+
+@pytest.mark.failure_mode(70)
+def test_a_ledger_that_lost_its_data_turns_no_version_back_and_its_engines_are_restored() -> None:
+    """Redis was moved while the resource was suspended: engines serve the model as loaded, and believe that it is the newest."""
+    ready = [_engine(name, 60, ready=True) for name in ENGINES]
+    step = _pass(*ready, version=0, stood=42)
+    assert (step.status.version.committed, len(_made(step))) == (42, 1)
+    other = _pass(*ready, version=0, stood=42, session="another")
+    assert (other.status.version.committed, _made(other)) == (0, [])
+    assert _synced(other).status == "True"
 
 
 def test_it_waits_for_ranks_that_still_run_but_not_for_those_that_have_ended() -> None:
@@ -217,8 +291,24 @@ def test_the_next_trainer_waits_until_nobody_pushes_a_checkpoint() -> None:
     wish = GangWish(template=template, spec_hash="new", restarts=1, suspend=False, waiting_for="")
     before = TrainerStatus.model_validate({"epoch": 1, "state": "Complete", "specHash": "old"})
     pushing, ended = (make_pod("ws-restore-x", Component.RESTORE, phase=p) for p in ("Running", "Succeeded"))
-    assert step_gang(wish, before, make_seen(None, pushing)).status.epoch == 1
+    assert step_gang(wish, before, make_seen(None, pushing)).status.state is TrainerState.STOPPING
     assert step_gang(wish, before, make_seen(None, ended)).status.epoch == 2
+
+
+@pytest.mark.failure_mode(50)
+def test_the_next_trainer_takes_no_epoch_that_a_push_of_a_checkpoint_took() -> None:
+    """1. the view of the ledger is from before the push opened epoch 2; 2. after a restart of the operator there is no view."""
+    wish = GangWish(
+        template=_render().trainer, spec_hash="new", restarts=1, suspend=False, waiting_for="", restores=True
+    )
+    before = TrainerStatus.model_validate({"epoch": 1, "state": "Complete", "specHash": "old"})
+    ledger = make_ledger(42, epoch=1)
+    waits = step_gang(wish, before, make_seen(None, make_pod("ws-restore-x", Component.RESTORE), ledger=ledger))
+    again = step_gang(wish, waits.status, make_seen(None, ledger=ledger))
+    assert again.status.epoch == 3
+    unread = step_gang(wish, before, make_seen(None))
+    assert (unread.status.state, unread.look_again_s is not None) == (TrainerState.STOPPING, True)
+    assert step_gang(wish, before, make_seen(None, ledger=make_ledger(44, epoch=5))).status.epoch == 6
 
 
 def test_a_suspended_resource_still_ends_while_a_checkpoint_is_pushed() -> None:
@@ -231,7 +321,9 @@ def test_a_suspended_resource_still_ends_while_a_checkpoint_is_pushed() -> None:
 def test_the_pod_reads_the_checkpoint_and_takes_no_gpu() -> None:
     job = job_for_version(_template(_wanted()), 42)
     (container,) = job["spec"]["template"]["spec"]["containers"]
-    assert container["command"][-4:] == ["weightsync", "push", "--newest", "/checkpoint"]
+    lost = ["--if-lost", "$(WEIGHTSYNC_LOST_VERSION)"]
+    assert container["command"][-6:] == ["weightsync", "push", "--newest", *lost, "/checkpoint"]
+    assert {"name": "WEIGHTSYNC_LOST_VERSION", "value": "42"} in container["env"]
     mount = next(m for m in container["volumeMounts"] if m["name"] == "checkpoint")
     assert mount == {"name": "checkpoint", "mountPath": "/checkpoint", "readOnly": True, "subPath": "run-1"}
     volume = next(v for v in job["spec"]["template"]["spec"]["volumes"] if v["name"] == "checkpoint")

@@ -98,4 +98,5 @@ def test_transfer_has_the_defaults_of_the_runtimes_contract() -> None:
     ours, theirs = TransferSpec().model_dump(), TransferSection().model_dump()
     assert ours.pop("staging_budget_gib") is theirs.pop("staging_budget_bytes") is None
     assert theirs.pop("arena_budget_bytes") is None  # left out of a dump while it has its default
+    assert theirs.pop("zero_copy") is False  # likewise
     assert ours == theirs

@@ -178,9 +178,11 @@ class Bench:
     def _refresh(self) -> None:
         self.refreshed += 1
 
-    def trainer(self, *, ranks: int = 1, rank: int = 0, budget_bytes: int | None = None) -> Pusher:
+    def trainer(
+        self, *, ranks: int = 1, rank: int = 0, budget_bytes: int | None = None, zero_copy: bool = False
+    ) -> Pusher:
         """A trainer rank out of `ranks`, each of which holds some rows; `budget_bytes` is of its arena."""
-        self._trainers.append(Pusher(self, ranks, rank, budget_bytes))
+        self._trainers.append(Pusher(self, ranks, rank, budget_bytes, zero_copy))
         return self._trainers[-1]
 
     def begin(self, trainer: Pusher, *, writers: int = 1, timeout_s: float = 20.0, **changes: Any) -> PushRecord:
@@ -241,7 +243,9 @@ class Bench:
 class Pusher:
     """One trainer rank."""
 
-    def __init__(self, bench: Bench, ranks: int, rank: int, budget_bytes: int | None = None) -> None:
+    def __init__(
+        self, bench: Bench, ranks: int, rank: int, budget_bytes: int | None = None, zero_copy: bool = False
+    ) -> None:
         self._bench = bench
         self._ranks, self._rank = ranks, rank
         self._held = {name: torch.zeros(*shape, dtype=torch.bfloat16) for name, shape in SHAPES.items()}
@@ -253,6 +257,7 @@ class Pusher:
             layouts=[local.layout(i) for i, local in enumerate(locals_)],
             format_="auto",
             budget_bytes=budget_bytes,
+            zero_copy=zero_copy,
         )
         self.slots = slots
         self.agent = Agent(f"trainer/{rank}/{time.time_ns()}")

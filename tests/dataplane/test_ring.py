@@ -97,7 +97,7 @@ def test_versions_through_a_ring_arrive_byte_for_byte(staged: Bench) -> None:
         assert staged.ledger.decide(record.push_id, Decision.COMMIT).decision is Decision.COMMIT
         staged.receiver.commit(record.push_id)
         assert staged.holds(version)
-    with pytest.raises(PlanError, match="a ring that holds no whole version"):
+    with pytest.raises(PlanError, match="the arenas hold no whole version"):
         staged.begin(trainer, catch_up=True)
 
 

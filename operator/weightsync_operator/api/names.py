@@ -119,6 +119,7 @@ class Reason(enum.StrEnum):
     PUSH_ABORTED = "PushAborted"
     NO_SOURCE = "NoSource"
     RESTORING = "Restoring"
+    RESTORE_FAILED = "RestoreFailed"
     EXPECTED_TRANSPORT = "ExpectedTransport"
     UNEXPECTED_TRANSPORT = "UnexpectedTransport"
     NO_PUSH_YET = "NoPushYet"

@@ -306,6 +306,9 @@ class TransferSpec(Section):
     arena_budget_gib: Annotated[int, Field(ge=1, le=1024)] | None = later(None, alias="arenaBudgetGiB")
     """GiB that converted weights may take in a trainer rank, which then sends them through a ring of arenas and keeps none: late
     engines are caught up by their peers. All of them at once by default, kept for late engines."""
+    zero_copy: bool = later(False)
+    """Read weights that nothing converts (bf16 of a bf16 model) where the trainer's model keeps them, without a copy. No version is
+    kept for late engines then, which peers or the next push bring up, and a push returns only when nothing reads the model."""
     quorum: Annotated[int, Field(ge=1, le=500)] | None = None
     """Replicas that must hold a version for it to be committed; the others are fenced and caught up later. All live ones by
     default."""

@@ -46,7 +46,9 @@ class VersionStatus(Section):
     published: Count = 0
     """The last version that was tried."""
     committed: Count = 0
-    """The version in force; 0 is spec.model as loaded."""
+    """The version in force; 0 is spec.model as loaded. It never goes back within a session, whatever a ledger has lost."""
+    session: Annotated[str, Field(max_length=63)] = ""
+    """Of the ledger that counts them: another model, format or parallelism begins at 0."""
 
 
 class LastPush(Section):
@@ -59,7 +61,7 @@ class LastPush(Section):
     step: int = 0
     """The trainer's own label."""
     source: Annotated[str, Field(max_length=63)] = ""
-    """The engine from whose memory another one was repaired; empty when the trainer pushed."""
+    """The engine from whose memory another one was repaired; empty when a trainer or a checkpoint was pushed."""
     outcome: Annotated[str, Field(max_length=16)] = ""
     """COMMIT or ABORT."""
     reason: Text = ""

@@ -73,7 +73,8 @@ def _answer(live: Manifest, key: str, known: PreflightStatus | None) -> Admissio
     verdict = _parse(ended.get("message", ""), key)
     if verdict is not None:
         return Admission(settled=False, reason=Reason.PREFLIGHT_RUNNING, preflight=verdict, look_again_s=0)
-    words = (ended.get("message") or live.get("status", {}).get("message") or "it left no verdict").strip().splitlines()
+    said = (ended.get("message") or "").strip() or (live.get("status", {}).get("message") or "").strip()
+    words = (said or "it left no verdict").splitlines()
     message = (
         f"the preflight pod ended with {ended.get('exitCode', 'no exit code')} and is asked again: {words[-1][:300]}"
     )

@@ -157,7 +157,9 @@ def _gang_message(facts: Facts) -> str:
     """Where the gang stands, and whose end it waits for: a pod on a lost node can hold up the next epoch for long."""
     gang = facts.gang
     words = f"trainer is {gang.state.value}" + (f": {gang.reason}" if gang.reason else "")
-    left = tuple(pod["metadata"]["name"] for pod in facts.seen.of_kind("Pod", Component.TRAINER))
+    restoring = [pod for pod in facts.seen.of_kind("Pod", Component.RESTORE) if not has_ended(pod)]
+    pods = [*facts.seen.of_kind("Pod", Component.TRAINER), *restoring]
+    left = tuple(pod["metadata"]["name"] for pod in pods)
     return f"{words}; waits for {named(left)} to end" if gang.state is TrainerState.STOPPING and left else words
 
 
@@ -176,6 +178,9 @@ def _degraded(facts: Facts) -> Verdict:
             Reason.ENGINES_DIRTY,
             f"hold torn weights and serve nothing until a push or a peer repairs them: {named(dirty)}",
         )
+    if facts.restore.words:
+        reason = Reason.RESTORING if facts.restore.under_way else Reason.RESTORE_FAILED
+        return Verdict(True, reason, f"no engine holds version {facts.fleet.committed}; {facts.restore.words}")
     if facts.aborted_push is not None:
         return Verdict(True, Reason.PUSH_ABORTED, _abort_message(facts.aborted_push))
     if gang.restarts and gang.state is not TrainerState.RUNNING and gang.state is not TrainerState.COMPLETE:

@@ -17,9 +17,9 @@ from weightsync_operator.plan.drift import needs_apply
 from weightsync_operator.plan.errors import SpecError
 from weightsync_operator.plan.fleet import observe_fleet
 from weightsync_operator.plan.gang import GangStep, GangWish, step_gang
-from weightsync_operator.plan.observed import Seen, is_available, timestamp
+from weightsync_operator.plan.observed import Seen, is_available, seconds, timestamp
 from weightsync_operator.plan.render import Render, base_at, engines_at, preflight_pod, revision_object, stamped
-from weightsync_operator.plan.restore import Restore, step_restore
+from weightsync_operator.plan.restore import Restore, RestoreWish, step_restore
 from weightsync_operator.plan.rollout import Rollout, step_rollout
 from weightsync_operator.plan.unread import keep_unread
 
@@ -78,13 +78,13 @@ def decide(wanted: Wanted, seen: Seen) -> Step:
     if wanted.in_force is not None:
         gang = _step_gang(wanted, wanted.in_force, before.trainer, seen)
         rollout = _step_rollout(wanted, wanted.in_force, gang.status, seen)
-        restore = _step_restore(wanted, wanted.in_force, gang.status, seen)
+        restore = _step_restore(wanted, wanted.in_force, before, gang.status, seen)
         actions = (*_upkeep(wanted, wanted.in_force, seen), *gang.actions, *rollout.evictions, *restore.actions)
     actions = (*admission.actions, *actions, *_prune(wanted, admission, seen))
     status = _status(wanted, before, seen, admission, gang.status, rollout, restore)
     if seen.ledger is None and wanted.missing_secret is None:  # else nobody will read it soon
         status = keep_unread(before, status)
-    looks = [admission.look_again_s, gang.look_again_s]
+    looks = [admission.look_again_s, gang.look_again_s, restore.look_again_s]
     looks.append(EVICTION_LOOK_AGAIN_S if rollout.evictions else None)
     looks.append(NAME_TAKEN_LOOK_AGAIN_S if seen.taken else None)
     looks.append(SECRET_LOOK_AGAIN_S if wanted.missing_secret is not None else None)
@@ -157,6 +157,7 @@ def _step_gang(wanted: Wanted, render: Render, before: TrainerStatus, seen: Seen
         restarts=spec.trainer.restarts,
         suspend=spec.suspend,
         waiting_for=" and ".join(waiting),
+        restores=render.restore is not None,
     )
     return step_gang(wish, before, seen)
 
@@ -175,9 +176,16 @@ def _step_rollout(wanted: Wanted, render: Render, gang: TrainerStatus, seen: See
     )
 
 
-def _step_restore(wanted: Wanted, render: Render, gang: TrainerStatus, seen: Seen) -> Restore:
-    spec = wanted.ctx.spec
-    return step_restore(render.restore, gang, observe_fleet(seen, spec.inference.replicas), seen, suspend=spec.suspend)
+def _step_restore(wanted: Wanted, render: Render, before: WeightSyncStatus, gang: TrainerStatus, seen: Seen) -> Restore:
+    spec, last = wanted.ctx.spec, _last_push(before, seen)
+    wish = RestoreWish(
+        template=render.restore,
+        suspend=spec.suspend,
+        quorum=spec.transfer.quorum or 1,
+        pushed_at=None if last is None else seconds(last.finished_at),
+    )
+    fleet = observe_fleet(seen, spec.inference.replicas, _version(wanted, before, seen).committed)
+    return step_restore(wish, gang, fleet, seen)
 
 
 def _prune(wanted: Wanted, admission: Admission, seen: Seen) -> tuple[Action, ...]:
@@ -206,7 +214,8 @@ def _status(
 ) -> WeightSyncStatus:
     spec, render, owner = wanted.ctx.spec, wanted.in_force, wanted.ctx.owner
     generation = seen.resource["metadata"]["generation"]
-    fleet = observe_fleet(seen, 0 if spec.suspend else spec.inference.replicas)
+    version = _version(wanted, before, seen)
+    fleet = observe_fleet(seen, 0 if spec.suspend else spec.inference.replicas, version.committed)
     fabric, transports = _fabric(wanted)
     facts = Facts(
         seen=seen,
@@ -227,7 +236,7 @@ def _status(
         revision=wanted.in_force_revision,
         model=wanted.ctx.model_name if render is None else render.model_name,
         conditions=conditions(facts, before.conditions, generation),
-        version=_version(before, seen),
+        version=version,
         last_push=_last_push(before, seen),
         inference=fleet.numbers(),
         selector=",".join(f"{k}={v}" for k, v in selector_labels(owner.name, Component.INFERENCE).items()),
@@ -265,11 +274,18 @@ def _update_pending(wanted: Wanted) -> bool:
     return wanted.fresh.comparable() != wanted.in_force.comparable()
 
 
-def _version(before: WeightSyncStatus, seen: Seen) -> VersionStatus:
-    ledger = seen.ledger
+def _version(wanted: Wanted, before: WeightSyncStatus, seen: Seen) -> VersionStatus:
+    """What the ledger says; of the same session no less than before, since a Redis may come back empty."""
+    ledger, known = seen.ledger, before.version
     if ledger is None or ledger.error:
-        return before.version
-    return VersionStatus(published=max(0, ledger.published), committed=max(0, ledger.version))
+        return known
+    session = "" if wanted.in_force is None else wanted.in_force.session
+    floor = known if known.session == session else VersionStatus()
+    return VersionStatus(
+        published=max(floor.published, ledger.published),
+        committed=max(floor.committed, ledger.version),
+        session=session,
+    )
 
 
 def _last_push(before: WeightSyncStatus, seen: Seen) -> LastPush | None:

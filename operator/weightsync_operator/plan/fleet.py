@@ -50,15 +50,18 @@ class Fleet:
         return view.state in held and view.version is not None and view.version >= self.committed
 
 
-def observe_fleet(seen: Seen, wanted: int) -> Fleet:
-    """The fleet of `wanted` engines; stale records of pods that are gone are left out."""
+def observe_fleet(seen: Seen, wanted: int, committed: int = 0) -> Fleet:
+    """The fleet of `wanted` engines; stale records of pods that are gone are left out.
+
+    committed: the version that is known to be, should the ledger have lost it.
+    """
     pods = seen.of_kind("Pod", Component.INFERENCE)
     ledger = seen.ledger or LedgerView(session="")
     records = {record.name: record for record in ledger.replicas}
     views = [_view(pod["metadata"]["name"], records, ledger) for pod in pods]
     fleet = Fleet(
         wanted=wanted,
-        committed=ledger.version,
+        committed=max(ledger.version, committed),
         ready=sum(is_ready(pod) for pod in pods),
         lenders=_lenders(pods, records, ledger),
     )

@@ -43,6 +43,8 @@ class GangWish:
     suspend: bool
     waiting_for: str
     """Names of what must be up first; empty when it is."""
+    restores: bool = False
+    """Whether pushes of a checkpoint may have taken epochs that only the ledger knows."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,7 +144,9 @@ def _finished_at(pod: Manifest) -> str:
 def _settle(wish: GangWish, status: TrainerStatus, jobs: list[Manifest], seen: Seen) -> GangStep:
     """Nothing of the gang is wanted as it is: clear the last epoch away, then note the next."""
     if jobs or _pods(seen) or _restoring(seen):
-        return GangStep(status=status, actions=_deletions(jobs), look_again_s=LOOK_AGAIN_S)
+        return GangStep(status=_beyond_restores(status, seen), actions=_deletions(jobs), look_again_s=LOOK_AGAIN_S)
+    if wish.restores and status.epoch > 0 and seen.ledger is None:
+        return GangStep(status=status, look_again_s=LOOK_AGAIN_S)
     if wish.suspend:
         return GangStep(status=_moved(status, TrainerState.SUSPENDED, ""))
     if wish.waiting_for:
@@ -188,6 +192,14 @@ def _delay_left_s(status: TrainerStatus, now: float) -> float:
 
 def _pods(seen: Seen) -> list[Manifest]:
     return seen.of_kind("Pod", Component.TRAINER)
+
+
+def _beyond_restores(status: TrainerStatus, seen: Seen) -> TrainerStatus:
+    """Past the epoch that a push of a checkpoint has taken, or is about to take while our view of the ledger is from before."""
+    if not _restoring(seen):
+        return status
+    taken = 1 + (0 if seen.ledger is None else seen.ledger.epoch)
+    return status.model_copy(update={"epoch": max(status.epoch, taken)})
 
 
 def _restoring(seen: Seen) -> bool:

@@ -56,6 +56,8 @@ class Seen:
     """UIDs of Jobs that lost a pod to an eviction, a preemption or a drain."""
     mount_faults: tuple[str, ...] = ()
     """The kubelet's words about volumes of the preflight pod."""
+    restore_faults: tuple[str, ...] = ()
+    """The same of a pod that pushes a checkpoint."""
     cluster_wide: bool = True
     """False where the operator has the rights of a Role only."""
     refused: str = ""

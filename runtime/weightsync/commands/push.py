@@ -24,14 +24,24 @@ from weightsync.publisher import Publisher, PushReport
 from weightsync.rendezvous.heartbeat import LEASE_TTL_S
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.waiting import Deadline, wait_until
-from weightsync.wire import Decision
+from weightsync.wire import Decision, ReplicaState
 
 LOOK_S = 0.1
 Tell = Callable[[str], None]
 
 
-def push(checkpoint: Path, *, contract: Contract, step: int = 0, take_over: bool = False, tell: Tell) -> PushReport:
+def push(
+    checkpoint: Path,
+    *,
+    contract: Contract,
+    step: int = 0,
+    take_over: bool = False,
+    if_lost: int | None = None,
+    tell: Tell,
+) -> PushReport | None:
     """Push the safetensors files in folder `checkpoint` into every engine of the contract's session; `tell` hears of progress.
+
+    if_lost: push only while this is the committed version and no engine that lives holds it; None is returned otherwise.
 
     Raises ConfigError for a folder that cannot be pushed, FencedOut while a trainer of the session lives unless `take_over` (which
     ends its pushes for good), and whatever `Publisher.push` raises.
@@ -46,7 +56,10 @@ def push(checkpoint: Path, *, contract: Contract, step: int = 0, take_over: bool
     with Ledger.from_contract(contract) as ledger:
         if not take_over:
             _require_no_trainer(ledger, tell_at)
-        with Publisher(local, contract=contract, facts=PodFacts.load()) as publisher:
+        if if_lost is not None and (why_not := _found_again(ledger, if_lost)):
+            tell_at(f"{why_not}: nothing is pushed")
+            return None
+        with Publisher(local, contract=_copying(contract), facts=PodFacts.load()) as publisher:
             report = _push_and_tell(publisher, step, ledger, tell_at)
         ledger.drop_writer_lease(publisher.epoch, 0)  # or the next push would wait for it to run out
         return report
@@ -58,6 +71,7 @@ def run(
     config: Path | None = None,
     step: int | None = None,
     newest: bool = False,
+    if_lost: int | None = None,
     take_over: bool = False,
     as_json: bool = False,
 ) -> None:
@@ -69,7 +83,9 @@ def run(
     contract = Contract.load() if config is None else Contract.load({"WEIGHTSYNC_CONFIG": str(config)})
     checkpoint, its_step = newest_checkpoint(checkpoint) if newest else (checkpoint, 0)
     step = its_step if step is None else step
-    report = push(checkpoint, contract=contract, step=step, take_over=take_over, tell=_to_stderr)
+    report = push(checkpoint, contract=contract, step=step, take_over=take_over, if_lost=if_lost, tell=_to_stderr)
+    if report is None:
+        return
     print(json.dumps(dataclasses.asdict(report)) if as_json else table(report))
 
 
@@ -104,6 +120,7 @@ Exit codes: 0 every engine serves it; 1 it was not pushed, and the error says wh
 @click.option("--config", type=click.Path(path_type=Path), help="The session's contract; default $WEIGHTSYNC_CONFIG.")
 @click.option("--step", type=int, help="A label for the report and the status; default 0, or by --newest the name's.")
 @click.option("--newest", is_flag=True, help="CHECKPOINT holds checkpoints: push the one whose name ends highest.")
+@click.option("--if-lost", type=int, metavar="VERSION", help="Only while no engine holds VERSION, the committed one.")
 @click.option("--take-over", is_flag=True, help="Push although a trainer lives, which is then refused for good.")
 @click.option("--json", "as_json", is_flag=True, help="The report as one JSON object.")
 def command(**options: Any) -> None:
@@ -125,6 +142,24 @@ def _push_and_tell(publisher: Publisher, step: int, ledger: Ledger, tell: Tell) 
                 told = stage
             concurrent.futures.wait([pushing], timeout=LOOK_S)
         return pushing.result()
+
+
+def _found_again(ledger: Ledger, version: int) -> str:
+    """Why a version need not be replaced by a checkpoint; empty when it must. A ledger that has lost it is told of it."""
+    head = ledger.head()
+    if head.version > version:
+        return f"version {head.version} was committed since"
+    held = [m for m in ledger.live_members().values() if m.version >= version and m.state != ReplicaState.DIRTY]
+    if held:
+        return f"{held[0].replica} holds version {held[0].version}"
+    if head.version < version:
+        ledger.raise_head(head.epoch, version)
+    return ""
+
+
+def _copying(contract: Contract) -> Contract:
+    """A checkpoint is a mapped file, read-only: no NIC can register it."""
+    return contract.model_copy(update={"transfer": contract.transfer.model_copy(update={"zero_copy": False})})
 
 
 def _require_no_trainer(ledger: Ledger, tell: Tell) -> None:

@@ -5,6 +5,6 @@ Imports torch only; nothing here knows of peers or transports.
 
 from __future__ import annotations
 
-from weightsync.conversion.registry import convert_into
+from weightsync.conversion.registry import convert_into, require_finite
 
-__all__ = ["convert_into"]
+__all__ = ["convert_into", "require_finite"]

@@ -26,11 +26,15 @@ def convert_into(out: Tensor, values: Tensor, *, name: str, through: torch.dtype
     if out.shape != values.shape:
         raise ConversionError(f"{name}: cannot convert {list(values.shape)} elements into {list(out.shape)}")
     out.copy_(values if through in (values.dtype, out.dtype) else values.to(through))
-    _check_finite(out, values, name)
+    require_finite(out, values, name=name)
 
 
-def _check_finite(out: Tensor, values: Tensor, name: str) -> None:
-    """Looks at what would be sent: a finite fp32 beyond bf16's range has become an infinity there."""
+def require_finite(out: Tensor, values: Tensor | None = None, *, name: str) -> None:
+    """Raise ConversionError naming `name` and the first infinity or NaN in `out`, which would be sent.
+
+    values: what it was made from, where it was: a finite fp32 beyond bf16's range has become an infinity there.
+    """
+    values = out if values is None else values
     if out.numel() == 0 or all(torch.isfinite(bound) for bound in torch.aminmax(out)):
         return
     sent, given = out.reshape(-1), values.reshape(-1)

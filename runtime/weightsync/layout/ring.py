@@ -38,17 +38,23 @@ def group_bytes(budget_bytes: int | None) -> int:
     return GROUP_BYTES if budget_bytes is None else min(GROUP_BYTES, max(budget_bytes // ARENAS, 1))
 
 
-def make_ring(groups: Sequence[Group], arena_bytes: int, budget_bytes: int | None) -> Ring:
+def make_ring(
+    groups: Sequence[Group], arena_bytes: int, budget_bytes: int | None, *, away: frozenset[int] = frozenset()
+) -> Ring:
     """Lay groups that take `arena_bytes` one behind the other into `budget_bytes`; None leaves them where they are.
 
-    Raises PlanError when one of them alone takes more.
+    away: numbers of groups that take nothing. Raises PlanError when one of the others alone takes more.
     """
-    if budget_bytes is None or arena_bytes <= budget_bytes:
+    if not away and (budget_bytes is None or arena_bytes <= budget_bytes):
         return Ring(arena_bytes, tuple(group.start_bytes for group in groups), (frozenset(),) * len(groups))
+    lengths = [aligned(group.stop_bytes - group.start_bytes, GROUP_ALIGN_BYTES) for group in groups]
+    lengths = [0 if number in away else length for number, length in enumerate(lengths)]
+    if away and (budget_bytes is None or sum(lengths) <= budget_bytes):
+        budget_bytes = sum(lengths)
+    assert budget_bytes is not None
     starts, after, cursor = [], [], 0
     lying: list[tuple[int, int, int]] = []
-    for number, group in enumerate(groups):
-        length = aligned(group.stop_bytes - group.start_bytes, GROUP_ALIGN_BYTES)
+    for number, (group, length) in enumerate(zip(groups, lengths, strict=True)):
         if length > budget_bytes:
             raise PlanError(
                 f"transfer.arenaBudget is {budget_bytes} bytes, and group {number} of {len(groups)}, slots {group.first} to "

@@ -15,9 +15,9 @@ from weightsync_operator.plan.build.context import INFERENCE_PORT, Context, Mani
 from weightsync_operator.plan.build.pod import CA_FILE, SECRETS_FOLDER
 from weightsync_operator.plan.hashing import digest
 
-CONTRACT_VERSION = "1.2"
+CONTRACT_VERSION = "1.3"
 """The newest that is written."""
-_FIRST_CONTRACT_VERSION = "1.1"
+_SECOND_CONTRACT_VERSION, _FIRST_CONTRACT_VERSION = "1.2", "1.1"
 """What a document says that has no newer key: a runtime refuses keys that it does not know, and a name is a hash of it all."""
 
 
@@ -56,9 +56,14 @@ def contract(ctx: Context) -> dict[str, Any]:
 
 
 def _version(ctx: Context) -> str:
-    """The first that has every key of the document: redis.tls and transfer.arenaBudgetBytes came with 1.2."""
+    """The first that has every key of the document.
+
+    redis.tls and transfer.arenaBudgetBytes came with 1.2, transfer.zeroCopy with 1.3.
+    """
+    if ctx.spec.transfer.zero_copy:
+        return CONTRACT_VERSION
     newer = ctx.spec.redis.speaks_tls or ctx.spec.transfer.arena_budget_gib is not None
-    return CONTRACT_VERSION if newer else _FIRST_CONTRACT_VERSION
+    return _SECOND_CONTRACT_VERSION if newer else _FIRST_CONTRACT_VERSION
 
 
 def _telemetry(ctx: Context) -> dict[str, Any]:
@@ -71,8 +76,8 @@ def _telemetry(ctx: Context) -> dict[str, Any]:
 
 
 def _arena(transfer: TransferSpec) -> dict[str, Any]:
-    budget = transfer.arena_budget_gib
-    return {} if budget is None else {"arenaBudgetBytes": budget << 30}
+    budget = {} if transfer.arena_budget_gib is None else {"arenaBudgetBytes": transfer.arena_budget_gib << 30}
+    return budget | ({"zeroCopy": True} if transfer.zero_copy else {})
 
 
 def _redis(ctx: Context) -> dict[str, Any]:

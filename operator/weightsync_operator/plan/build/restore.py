@@ -13,6 +13,7 @@ from weightsync_operator.plan.build.context import Context, Manifest
 from weightsync_operator.plan.build.pod import (
     INIT,
     device_resources,
+    env_list,
     fabric_security,
     runtime_env,
     runtime_mounts,
@@ -23,6 +24,7 @@ from weightsync_operator.plan.hashing import digest
 from weightsync_operator.plan.overlay import overlay_pod_template
 
 CHECKPOINT_FOLDER = "/checkpoint"
+LOST_VERSION_ENV = "WEIGHTSYNC_LOST_VERSION"
 FIELD = "spec.transfer.checkpoint"
 RETRIES = 3
 """Kubernetes starts the pod so often again, with a growing pause; a pod that lost a race with an engine's start does better."""
@@ -53,6 +55,10 @@ def job_for_version(template: Manifest, version: int) -> Manifest:
     job["metadata"]["name"] += f"-{digest([template_hash, version], 8)}"
     job["metadata"]["labels"][LABEL_LOST_VERSION] = str(version)
     job["metadata"].setdefault("annotations", {})[ANNOTATION_TEMPLATE] = template_hash
+    for container in job["spec"]["template"]["spec"]["containers"]:
+        for variable in container.get("env", []):
+            if variable["name"] == LOST_VERSION_ENV:
+                variable["value"] = str(version)
     return job
 
 
@@ -76,8 +82,9 @@ def _container(ctx: Context, checkpoint: CheckpointSpec) -> Manifest:
         "name": "restore",
         "image": ctx.defaults.runtime_image,
         "imagePullPolicy": ctx.defaults.pull_policy,
-        "command": [INIT, "--", "weightsync", "push", "--newest", folder],
-        "env": runtime_env(ctx),
+        # Kubernetes expands $(...): the stored template fits every version.
+        "command": [INIT, "--", "weightsync", "push", "--newest", "--if-lost", f"$({LOST_VERSION_ENV})", folder],
+        "env": [*env_list({LOST_VERSION_ENV: "0"}), *runtime_env(ctx)],
         "resources": device_resources(ctx, 0, cpu="100m", memory="256Mi"),
         "securityContext": fabric_security(ctx),
         "terminationMessagePolicy": "FallbackToLogsOnError",
