@@ -80,6 +80,12 @@ def cases(*, two_gpus: bool, quick: bool) -> list[Case]:
         Case(
             what=f"TP 1, bf16, {plain} layers", engines=(Engine(layers=plain, quantized=False),), engine_device=device
         ),
+        Case(
+            what=f"TP 1, bf16, {plain} layers, zero copy",
+            engines=(Engine(layers=plain, quantized=False),),
+            engine_device=device,
+            zero_copy=True,
+        ),
         Case(what=f"TP 2, FP8, {split} layers", engines=ranks(split), engine_device=device),
         Case(what=f"EP 2, FP8, {split} layers", engines=ranks(split, ep=True), engine_device=device),
         Case(

@@ -27,6 +27,8 @@ class Case:
     trainers: int = 1
     """Ranks that share the model's rows, as FSDP does."""
     engine_device: int = 0
+    zero_copy: bool = False
+    """Whether what nothing converts is read where the model keeps it."""
     staged: bool = False
     """Whether the engine also commits from staging memory, which takes that much memory more."""
 

@@ -27,7 +27,7 @@ from weightsync.rendezvous.records import PushRecord
 from weightsync.slots import SlotArena
 from weightsync.transport import Agent, Region, Transfer
 from weightsync.waiting import Deadline
-from weightsync.writer import Writer
+from weightsync.writer import Writer, _pairs
 
 NAIVE_WRITE_BYTES = 1 << 20
 NAIVE_WINDOW = 100
@@ -167,6 +167,7 @@ class _TrainerProcess:
             layouts=[local.layout(each) for each, local in enumerate(held)],
             format_="auto",
             group_bytes=group_bytes,
+            zero_copy=case.zero_copy,
         )
         self._agent = Agent(f"trainer-{rank}")
         rendezvous: Any = _PipeRendezvous(dict(enumerate(descriptors)))
@@ -216,23 +217,31 @@ class _TrainerProcess:
 
     def _floor(self) -> float:
         """What a push of this rank takes at least here: its conversions and digests, each group copied beside the next one's."""
-        groups, arena = self._slots.groups, self._slots.buffer
-        starts = [0, *(group.stop_bytes for group in groups)]
-        room = max(stop - start for start, stop in itertools.pairwise(starts))
+        memory = self._group_memory()
+        room = max(part.nbytes for parts in memory for part in parts)
         there = torch.empty(room, dtype=torch.uint8, device=torch.device("cuda", self._engine_device))
         beside = torch.cuda.Stream()
 
         def run() -> None:
             self._slots.begin()
-            for number, (start, stop) in enumerate(itertools.pairwise(starts)):
+            for number, parts in enumerate(memory):
                 self._slots.fill_group(number)
                 for planned in self._writer._planned.values():
                     planned.meters[number].launch()
                 beside.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(beside):
-                    there[: stop - start].copy_(arena[start:stop], non_blocking=True)
+                    for part in parts:
+                        there[: part.nbytes].copy_(part, non_blocking=True)
 
         return wall(run)
+
+    def _group_memory(self) -> list[list[torch.Tensor]]:
+        """By group: the bytes that leave, in the arena or where the model keeps them."""
+        if self._slots.live_memory:
+            (planned,) = self._writer._planned.values()
+            return [[memory for memory, _ in parts] for parts in planned.parts]
+        starts = [0, *(group.stop_bytes for group in self._slots.groups)]
+        return [[self._slots.buffer[start:stop]] for start, stop in itertools.pairwise(starts)]
 
     def _measure_for(self, record: PushRecord) -> None:
         """The arena is the same for all pushes that are timed: its digests are taken before the first."""
@@ -267,8 +276,8 @@ class _TrainerProcess:
         regions = []
         for key, peer in self._writer._peers.items():
             planned, met = self._writer._planned[peer.layout_digest], self._writer._met[key]
-            for writes in planned.writes:
-                pairs = self._writer._pairs(planned.plan, writes, met.descriptor)
+            for parts in planned.parts:
+                pairs = _pairs(planned.plan, parts, met.descriptor)
                 regions += [(peer.agent_name, local, remote) for local, remote in pairs]
         return regions
 
