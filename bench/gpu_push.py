@@ -78,20 +78,26 @@ class _Fleet:
         wire_s, both_s = self._push("write"), self._push("convert_and_write")
         equal = self._check()  # before pushes whose last words have no digests
         unmeasured_s = self._push("convert_and_write", verify="off")
-        floor_s = max(self._all("floor"))
+        floor = [] if self._case.zero_copy else self._floor(payload, copy_gbps)  # hundreds of small copies are no floor
+        over = {"over_the_floor": both_s / floor[0]["seconds"]} if floor else {}
         return [
             row_of("wire alone, prepared transfers", payload, wire_s, copy_gbps) | self._base | equal,
             row_of("convert alone", payload, convert_s, copy_gbps),
             row_of("writer's digests alone", payload, measure_s, copy_gbps),
             row_of("convert, digest and wire, group by group", payload, both_s, copy_gbps)
-            | {"over_the_longest": both_s / max(convert_s, wire_s), "over_the_floor": both_s / floor_s},
+            | {"over_the_longest": both_s / max(convert_s, wire_s)}
+            | over,
             row_of("the same without digests (verify: off)", payload, unmeasured_s, copy_gbps)
             | {"over_the_longest": unmeasured_s / max(convert_s, wire_s)},
-            row_of("floor: the same kernels beside plain copies, no transport", payload, floor_s, copy_gbps),
+            *floor,
             *([] if self._case.trainers > 1 else [self._naive(payload, copy_gbps)]),
             *(row for pipe in self._engines for row in ask(pipe, "rows")),
             {"what": "memory of a trainer", "seconds": 0.0, "gbps": 0.0, **self._all("memory")[0]},
         ]
+
+    def _floor(self, payload: int, copy_gbps: float) -> list[Row]:
+        seconds = max(self._all("floor"))
+        return [row_of("floor: the same kernels beside plain copies, no transport", payload, seconds, copy_gbps)]
 
     def _all(self, *words: Any) -> list[Any]:
         for pipe in self._trainers:
@@ -217,31 +223,23 @@ class _TrainerProcess:
 
     def _floor(self) -> float:
         """What a push of this rank takes at least here: its conversions and digests, each group copied beside the next one's."""
-        memory = self._group_memory()
-        room = max(part.nbytes for parts in memory for part in parts)
+        groups, arena = self._slots.groups, self._slots.buffer
+        starts = [0, *(group.stop_bytes for group in groups)]
+        room = max(stop - start for start, stop in itertools.pairwise(starts))
         there = torch.empty(room, dtype=torch.uint8, device=torch.device("cuda", self._engine_device))
         beside = torch.cuda.Stream()
 
         def run() -> None:
             self._slots.begin()
-            for number, parts in enumerate(memory):
+            for number, (start, stop) in enumerate(itertools.pairwise(starts)):
                 self._slots.fill_group(number)
                 for planned in self._writer._planned.values():
                     planned.meters[number].launch()
                 beside.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(beside):
-                    for part in parts:
-                        there[: part.nbytes].copy_(part, non_blocking=True)
+                    there[: stop - start].copy_(arena[start:stop], non_blocking=True)
 
         return wall(run)
-
-    def _group_memory(self) -> list[list[torch.Tensor]]:
-        """By group: the bytes that leave, in the arena or where the model keeps them."""
-        if self._slots.live_memory:
-            (planned,) = self._writer._planned.values()
-            return [[memory for memory, _ in parts] for parts in planned.parts]
-        starts = [0, *(group.stop_bytes for group in self._slots.groups)]
-        return [[self._slots.buffer[start:stop]] for start, stop in itertools.pairwise(starts)]
 
     def _measure_for(self, record: PushRecord) -> None:
         """The arena is the same for all pushes that are timed: its digests are taken before the first."""
