@@ -76,7 +76,7 @@ def main() -> None:
     if options.host is not None:
         asyncio.run(host([Path(path) for path in options.host]))
         return
-    os.environ["UCX_TLS"] = "tcp,self"
+    os.environ.setdefault("UCX_TLS", "tcp,self")  # on a GPU machine NIXL wants cuda_copy beside them
     head = {"about": about(), "limit_seconds": LIMIT_S}
     if options.against is not None:
         report = {**head, **compare(options)}
