@@ -159,6 +159,8 @@ class Coordinator:
             votes = self._carry_out(record, participants, progress, deadline, phases)
             verdict = self._ledger.decide(record.push_id, Decision.COMMIT)
         except WeightSyncError as error:  # the verdict may be COMMIT all the same, where only its answer was lost
+            if isinstance(error, ConversionError):
+                self._report_final(record, error)
             verdict = self._decide_abort(record, error)
             if isinstance(error, ConversionError):  # no later attempt sends these weights
                 with suppress(PushAborted):
@@ -317,9 +319,10 @@ class Coordinator:
         verdict, reports = progress.verdict, progress.reports.values()
         if verdict is None or verdict.decision is Decision.ABORT:
             raise PushAborted(verdict.reason if verdict else f"the ledger lost push {record.push_id}")
-        failed = [report for report in reports if not report.ok]
+        failed = sorted((r for r in reports if not r.ok), key=lambda r: (not r.final, r.rank))
         if failed:
-            raise PushAborted(f"trainer rank {failed[0].rank}: {failed[0].reason}")
+            kind = ConversionError if failed[0].final else PushAborted
+            raise kind(f"trainer rank {failed[0].rank}: {failed[0].reason}")
         participants.drop({name: why for report in reports for name, why in report.failed.items()})
         if time.monotonic() - self._leases_seen_at < LEASE_LOOK_S:
             return
@@ -329,6 +332,13 @@ class Coordinator:
             raise PushAborted(f"trainer ranks {list(lost)} are lost: their leases ran out")
         dead = self._ledger.lost_members(record.members)
         participants.drop(dict.fromkeys(dead, "is lost: its lease ran out, or it restarted"))
+
+    def _report_final(self, record: PushRecord, error: ConversionError) -> None:
+        """Unless another rank has: the others need not wait for a next attempt."""
+        with suppress(LedgerUnavailable):
+            if not any(report.final for report in self._ledger.writer_reports(record.push_id).values()):
+                report = WriterReport(rank=0, ok=False, reason=str(error), final=True)
+                self._ledger.report_writer(record.push_id, report)
 
     def _decide_abort(self, record: PushRecord, error: Exception) -> Verdict:
         try:

@@ -19,6 +19,7 @@ import dataclasses
 import logging
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Self, TypeVar
 
@@ -146,7 +147,7 @@ class Publisher:
 
         Raises PushAborted with the reason after ATTEMPTS tries, LedgerUnavailable or RendezvousUnavailable when Redis or
         ModelExpress are away for longer than the push's timeout, FencedOut when another trainer took over (end this
-        process), and ConversionError naming a tensor with an infinity or NaN, before anything is sent.
+        process), and ConversionError naming a tensor of any rank with an infinity or NaN: no engine serves it.
         """
         with self._lock:
             self._held = None
@@ -252,9 +253,10 @@ class Publisher:
             )
             write_and_report(self._ledger, self._writer, record, self._contract, replicas, self._rank, deadline, watch)
         except PushAborted:
+            self._raise_final(record)
             raise
         except ConversionError as error:  # no later attempt sends these weights
-            self._refuse(record, str(error))
+            self._refuse(record, str(error), final=True)
             raise
         except WeightSyncError as error:
             self._refuse(record, str(error))
@@ -262,8 +264,19 @@ class Publisher:
         except Exception as error:  # a device without memory, say: nobody need wait for the deadline
             self._refuse(record, str(error) or type(error).__name__)
             raise
-        with self._writer.delivering():
-            return self._outcome(record, deadline)
+        try:
+            with self._writer.delivering():
+                return self._outcome(record, deadline)
+        except PushAborted:
+            self._raise_final(record)
+            raise
+
+    def _raise_final(self, record: PushRecord) -> None:
+        """Raise ConversionError where some rank's weights cannot be sent at all: rank 0 makes no further attempt."""
+        with suppress(LedgerUnavailable):
+            for report in self._ledger.until(time.monotonic()).writer_reports(record.push_id).values():
+                if report.final:
+                    raise ConversionError(f"trainer rank {report.rank}: {report.reason}")
 
     def _wait_planned(self, record: PushRecord, deadline: Deadline) -> dict[int, str]:
         """Until every rank has planned: in an exchange of scales, one that stays away would hold the others."""
@@ -334,9 +347,10 @@ class Publisher:
         if 0 in self._ledger.lost_writers(self._epoch, self._world_size):
             raise PushAborted("trainer rank 0 is lost: its lease ran out")
 
-    def _refuse(self, record: PushRecord, reason: str) -> None:
+    def _refuse(self, record: PushRecord, reason: str, *, final: bool = False) -> None:
         """Nothing of this rank is in flight for the push, and it will not be ready."""
-        self._ledger.report_writer(record.push_id, WriterReport(rank=self._rank, ok=False, reason=reason))
+        report = WriterReport(rank=self._rank, ok=False, reason=reason, final=final)
+        self._ledger.report_writer(record.push_id, report)
 
     def _keep_current(self) -> None:
         """Thread: bring late replicas up to what the arenas hold, whenever no push is under way."""

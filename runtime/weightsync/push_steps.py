@@ -10,7 +10,7 @@ from collections.abc import Set
 from contextlib import suppress
 
 from weightsync.config import Contract
-from weightsync.errors import LedgerUnavailable, WeightSyncError
+from weightsync.errors import ConversionError, LedgerUnavailable, WeightSyncError
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.records import PushRecord, WriterReport
 from weightsync.scale_exchange import Agree
@@ -53,7 +53,8 @@ def write_and_report(
         with watch.phase("wire"):
             written = write(record, replicas, deadline, _LostReplicas(ledger, record))
     except WeightSyncError as error:
-        ledger.report_writer(record.push_id, WriterReport(rank=rank, ok=False, reason=str(error)))
+        final = isinstance(error, ConversionError)
+        ledger.report_writer(record.push_id, WriterReport(rank=rank, ok=False, reason=str(error), final=final))
         raise
     watch.spans += writer.wire_spans(record, replicas)
     moved_by = transports_in_use()

@@ -135,6 +135,8 @@ class WriterReport(JsonRecord):
     rank: int
     ok: bool
     reason: str = ""
+    final: bool = False
+    """Whether no later attempt can do better: the weights themselves cannot be sent."""
     bytes: int = 0
     """Payload bytes of the writes that ended well."""
     failed: dict[str, str] = dataclasses.field(default_factory=dict)
