@@ -163,7 +163,7 @@ class Coordinator:
                 self._report_final(record, error)
             verdict = self._decide_abort(record, error)
             if isinstance(error, ConversionError):  # no later attempt sends these weights
-                with suppress(PushAborted):
+                with suppress(PushAborted, ConversionError):
                     self._account(record, verdict, participants, progress, votes, phases, started, deadline)
                 raise
         except Exception as error:  # a device without memory, say: the engines need not wait for the deadline
@@ -317,12 +317,13 @@ class Coordinator:
     def _fail_early(self, record: PushRecord, participants: Participants, progress: PushProgress) -> None:
         """Drop who cannot take part any more; raise PushAborted as soon as the push cannot succeed, by what is known."""
         verdict, reports = progress.verdict, progress.reports.values()
+        if final := _final(reports):
+            raise ConversionError(final[0])
         if verdict is None or verdict.decision is Decision.ABORT:
             raise PushAborted(verdict.reason if verdict else f"the ledger lost push {record.push_id}")
-        failed = sorted((r for r in reports if not r.ok), key=lambda r: (not r.final, r.rank))
+        failed = [report for report in reports if not report.ok]
         if failed:
-            kind = ConversionError if failed[0].final else PushAborted
-            raise kind(f"trainer rank {failed[0].rank}: {failed[0].reason}")
+            raise PushAborted(f"trainer rank {failed[0].rank}: {failed[0].reason}")
         participants.drop({name: why for report in reports for name, why in report.failed.items()})
         if time.monotonic() - self._leases_seen_at < LEASE_LOOK_S:
             return
@@ -357,7 +358,10 @@ class Coordinator:
         started: float,
         deadline: Deadline,
     ) -> PushSummary:
-        """Tell the ledger how the push went, whichever way; raises PushAborted when it was not committed."""
+        """Tell the ledger how the push went, whichever way.
+
+        Raises PushAborted when it was not committed, ConversionError when no later attempt can be either.
+        """
         if verdict.decision is Decision.COMMIT:
             with phases.phase("commit"):
                 self._wait_applied(record, progress, len(participants.left), deadline)
@@ -366,9 +370,13 @@ class Coordinator:
         applied, reports = progress.applied, progress.reports
         took_s = time.monotonic() - started
         summary = summarize(record, verdict, participants, votes, applied, reports, phases.seconds, took_s)
-        summary = dataclasses.replace(summary, finished_at=self._ledger.now())
+        final = [] if verdict.decision is Decision.COMMIT else _final(reports.values())
+        reason = final[0] if final else summary.reason
+        summary = dataclasses.replace(summary, finished_at=self._ledger.now(), reason=reason)
         self._ledger.publish_push(summary)
         self._trace(summary, reports, votes, applied, phases)
+        if final:
+            raise ConversionError(final[0])
         if verdict.decision is not Decision.COMMIT:
             raise PushAborted(f"version {record.version} (push {record.push_id}): {verdict.reason}")
         return summary
@@ -408,6 +416,11 @@ class Coordinator:
             )
         except DeadlineExceeded as error:
             logger.warning("push %s is committed, but %s", record.push_id, error)
+
+
+def _final(reports: Iterable[WriterReport]) -> list[str]:
+    """Why weights of some ranks cannot be sent, whatever the attempt."""
+    return [f"trainer rank {report.rank}: {report.reason}" for report in reports if report.final]
 
 
 def wait_for(

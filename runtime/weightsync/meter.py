@@ -106,7 +106,7 @@ def _read(measured: Sequence[_DeviceSums]) -> dict[Hashable, int]:
 
 
 def _pieces(arena: Tensor, writes: np.ndarray, targets: Sequence[Target]) -> list[tuple[Hashable, str, int, Tensor]]:
-    views = {dtype: verify.seen_as(arena, dtype) for dtype in {target.dtype for target in targets}}
+    views = verify.views_of(arena, writes, targets)
     return [
         (index, targets[index].name, offset, views[targets[index].dtype][slot : slot + length])
         for slot, index, offset, length in writes.tolist()

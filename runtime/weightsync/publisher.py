@@ -153,6 +153,9 @@ class Publisher:
             self._held = None
             try:
                 self._held = self._push_until_committed(step)
+            except ConversionError:
+                self._metrics.failed()
+                raise
             finally:
                 self._writer.settle()
             watch = self._watch if self._coordinator is None else self._coordinator.watch
@@ -257,9 +260,13 @@ class Publisher:
             raise
         except ConversionError as error:  # no later attempt sends these weights
             self._refuse(record, str(error), final=True)
+            account = self._ledger.summary(record.push_id)
+            if account is not None and str(error) not in account.reason:  # rank 0 did not hear it, and tries again
+                raise PushAborted(str(error)) from error
             raise
         except WeightSyncError as error:
             self._refuse(record, str(error))
+            self._raise_final(record)
             raise PushAborted(f"push {record.push_id}: {error}") from error
         except Exception as error:  # a device without memory, say: nobody need wait for the deadline
             self._refuse(record, str(error) or type(error).__name__)
@@ -267,7 +274,7 @@ class Publisher:
         try:
             with self._writer.delivering():
                 return self._outcome(record, deadline)
-        except PushAborted:
+        except (PushAborted, DeadlineExceeded):
             self._raise_final(record)
             raise
 

@@ -63,6 +63,7 @@ class SlotArena:
     ) -> None:
         self._rank = rank
         self._zero_copy = zero_copy
+        self._reads_live = zero_copy
         self._live: dict[int, Tensor] = {}
         """By number of the slot: its elements in the model's own memory."""
         self._spans: Sequence[LiveSpan] = ()
@@ -80,7 +81,7 @@ class SlotArena:
         self._packed = Packed({}, {}, {})
         self._wanted: Mapping[str, SourceTensor] = {}
         self._conversions: _Conversions | None = None
-        self._places: list[int] = []
+        self._places: list[tuple[int, bool]] = []
         self._device = _device_of(local.pieces)
         self.ring = Ring(0, (), ())
         self.layouts: tuple[SourceLayout, ...] = ()
@@ -121,18 +122,20 @@ class SlotArena:
         carrier = Carrier(wanted, packed.columns, packed.rows, group_bytes=self._group_bytes)
         mine = carrier.carry(self._held[self._rank])
         all_ranks = [mine if rank == self._rank else carrier.outline(held) for rank, held in enumerate(self._held)]
-        sources = self._live_sources(mine) if self._zero_copy else {}
-        away = live.live_groups(mine.groups, frozenset(sources))
-        rings = [
-            make_ring(each.groups, each.arena_bytes, self._budget_bytes, away=away if each is mine else frozenset())
-            for each in all_ranks
-        ]
+        sources = self._live_sources(mine) if self._reads_live else {}
+        begins = live.begins(mine.groups, [slot.offset_bytes for slot in mine.slots], sources.keys()) if sources else ()
+        # With zero copy no rank keeps a version, and how others lay out their rings is their own affair.
+        rings = {
+            rank: make_ring(each.groups, each.arena_bytes, self._budget_bytes, begins=begins)
+            for rank, each in enumerate(all_ranks)
+            if rank == self._rank or not self._zero_copy
+        }
         # One element even for a rank that carries nothing: NIXL registers no empty memory. What fails here changes nothing.
         buffer = device_memory.allocate(max(rings[self._rank].length_bytes, 1), self._device)
         self._wanted, self._packed, self.buffer = wanted, packed, buffer
         self.layouts = tuple(each.layout for each in all_ranks)
         self.ring = rings[self._rank]
-        self.whole = not self._zero_copy and all(each.whole for each in rings)
+        self.whole = not self._zero_copy and all(each.whole for each in rings.values())
         self._live, self._places = sources, self._present_places()
         self._spans = [live.span_of(s.offset_bytes, s.numel, s.dtype) for s in (mine.slots[i] for i in sorted(sources))]
         self.live_memory = _storages(sources.values())
@@ -196,8 +199,17 @@ class SlotArena:
             self._places = places
         return self._conversions
 
-    def _present_places(self) -> list[int]:
-        return [piece.flat().data_ptr() for piece in self._firsts]
+    def _present_places(self) -> list[tuple[int, bool]]:
+        return [piece.place() for piece in self._firsts]
+
+    def forget(self) -> None:
+        """Lay out anew with the next push, whatever it wants: what was laid out could not be registered."""
+        self._wanted = {}
+
+    def copy_all(self) -> None:
+        """Read nothing in place any more: the transport does not take the model's memory."""
+        self._reads_live = False
+        self.forget()
 
     def parts(self, writes: np.ndarray, item_bytes: np.ndarray) -> tuple[Sequence[Part], ...]:
         """By group: this rank's writes of a plan made with `layouts`, by the memory that they come from.
@@ -205,7 +217,7 @@ class SlotArena:
         item_bytes: [targets] size of an element.
         """
         memories = [self._live[index].view(torch.uint8) for index in sorted(self._live)]
-        by_group = live.shares(writes, item_bytes, self.groups, self.ring.starts, self._spans)
+        by_group = live.shares(writes, item_bytes, self.groups, self.ring.shifts(self.groups), self._spans)
         return tuple(
             [(self.buffer if share.owner == live.ARENA else memories[share.owner], share.writes) for share in group]
             for group in by_group
@@ -217,16 +229,20 @@ class SlotArena:
         for index, slot in enumerate(carried.slots):
             if slot.scales is None and slot.columns is None and slot.dtype == slot.through:
                 source = self._source(slot)
-                if source.dtype == _dtype(slot.dtype) and source.device == self._device:
+                if source.dtype == _dtype(slot.dtype) and source.device == self._device and self._is_in_place(slot):
                     found[index] = source
         if found and not device_memory.registrable(found.values()):
             logger.warning(
                 "transfer.zeroCopy: parameters lie in expandable segments, which no NIC reads; they are copied"
             )
             return {}
-        carried_bytes, live_bytes = carried.arena_bytes, sum(source.nbytes for source in found.values())
-        logger.info("transfer.zeroCopy: %d of about %d bytes are read in place", live_bytes, carried_bytes)
+        live_bytes = sum(source.nbytes for source in found.values())
+        logger.info("transfer.zeroCopy: %d of %d bytes are read in place", live_bytes, carried.arena_bytes)
         return found
+
+    def _is_in_place(self, slot: Slot) -> bool:
+        """Whether `_source` is the model's memory itself, and no copy that was made contiguous."""
+        return all(piece.place()[1] for piece in self._pieces[slot.holding.name])
 
     def _convert(self, slot: Slot) -> None:
         source = self._source(slot)
@@ -389,7 +405,9 @@ class _Conversions:
 
 def _storages(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The whole memory that tensors are parts of, once, as flat uint8."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
+    storages: dict[int, Tensor] = {}
+    for tensor in sorted(tensors, key=lambda t: t.untyped_storage().nbytes()):  # of several at one address the largest
+        storages[tensor.untyped_storage().data_ptr()] = tensor
     return [
         torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
         for tensor in storages.values()

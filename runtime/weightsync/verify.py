@@ -49,7 +49,7 @@ def digest_writes(arena: Tensor, writes: np.ndarray, targets: Sequence[Target]) 
 
     arena: flat, any dtype; seen as elements of each target's dtype. `targets` are the plan's; those that get nothing are absent.
     """
-    views = {dtype: seen_as(arena, dtype) for dtype in {target.dtype for target in targets}}
+    views = views_of(arena, writes, targets)
     totals: dict[int, int] = {}
     for index in np.unique(writes["target_index"]).tolist():
         name, elements = targets[index].name, views[targets[index].dtype]
@@ -129,6 +129,11 @@ def _digest_short(arena: Tensor, writes: np.ndarray, name: str) -> int:
         value *= _row_factors(hashed, element // np.uint64(ROW_ELEMENTS))
         total += int(value.sum())
     return total
+
+
+def views_of(arena: Tensor, writes: np.ndarray, targets: Sequence[Target]) -> dict[str, Tensor]:
+    """The memory as elements of each dtype that is written from it; memory of a model may be aligned for no other."""
+    return {dtype: seen_as(arena, dtype) for dtype in {targets[i].dtype for i in np.unique(writes["target_index"])}}
 
 
 def seen_as(arena: Tensor, dtype: str) -> Tensor:

@@ -121,7 +121,7 @@ class Writer:
         """Two threads wait for handles while groups are converted; one looks at a handle at a time."""
         self._stuck: list[tuple[_Peer, Deadline]] = []
         """Peers that were lost while bytes were on their way, and the deadline of that push."""
-        self._registered: list[Sequence[torch.Tensor]] = []
+        self._registered: list[int] = []
 
     @property
     def keeps_versions(self) -> bool:
@@ -321,8 +321,9 @@ class Writer:
     def _wait_stuck(self) -> None:
         """Until nothing reads the arena on behalf of an earlier push."""
         while self._stuck:
-            peer, deadline = self._stuck.pop()
+            peer, deadline = self._stuck[-1]  # it stays known until nothing of it is in flight, whatever ends this wait
             self._wait_terminal(peer.prepared, deadline, "that lost this peer")
+            self._stuck.pop()
             self._release(peer)
 
     def _meet(self, key: RankKey, deadline: Deadline) -> _Met:
@@ -351,13 +352,25 @@ class Writer:
             self._drop(key)
         self._planned.clear()
         self._partials.clear()
-        for tensors in self._registered:
-            self._agent.deregister(tensors[0])
-        self._registered = []
-        for tensors in ([self._slots.buffer], self._slots.live_memory):
-            if tensors:
-                self._agent.register(tensors)
-                self._registered.append(tensors)
+        while self._registered:
+            self._agent.deregister(self._registered.pop())
+        try:
+            self._register(engines)
+        except BaseException:
+            self._slots.forget()  # or the next attempt would believe that all is registered
+            raise
+
+    def _register(self, engines: Mapping[str, TargetLayout]) -> None:
+        """The arena, and the model's memory where slots are read there; that is copied where the transport does not take it."""
+        if self._slots.live_memory:
+            try:
+                self._registered.append(self._agent.register(self._slots.live_memory))
+            except TransportError as error:
+                logger.warning("transfer.zeroCopy: weights are copied after all: %s", error)
+                self._slots.copy_all()
+                self._slots.lay_out(engines)
+                self._held = Held(self._slots.layouts)
+        self._registered.append(self._agent.register([self._slots.buffer]))
 
     def _connect(self, met: _Met) -> _Peer:
         digest = met.layout_digest

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from tests.dataplane.push_makers import Bench
 from tests.dataplane.slot_makers import TORCH, engine, fp8_engine, shard
 from tests.dataplane.test_writer import Scripted, make_writer
-from weightsync.errors import ConversionError, PlanError
+from weightsync.errors import ConversionError, PlanError, TransportError
 from weightsync.layout.forms import Group
 from weightsync.layout.live import ARENA, LiveSpan, shares
-from weightsync.layout.records import SourceTensor, Target, TargetLayout
+from weightsync.layout.records import Copy, SourceTensor, Target, TargetLayout
+from weightsync.meter import WritesMeter
 from weightsync.plan import WRITE, make_plan
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.slots import SlotArena
@@ -75,11 +76,12 @@ def test_every_byte_is_read_where_it_is(made: tuple[list[Group], list[int], list
                 return number, owner, byte - span.start
         return number, ARENA, byte - groups[number].start_bytes + starts[number]
 
+    shifts = [start - group.start_bytes for start, group in zip(starts, groups, strict=True)]
     wanted = sorted((place(byte), there) for byte, there in _bytes_of(writes))
     before = writes.copy()
     found = [
         ((number, share.owner, byte), there)
-        for number, group in enumerate(shares(writes, ITEMS, groups, starts, live))
+        for number, group in enumerate(shares(writes, ITEMS, groups, shifts, live))
         for share in group
         for byte, there in _bytes_of(share.writes)
     ]
@@ -140,6 +142,109 @@ def test_a_budget_is_for_what_is_converted() -> None:
     layout = engine([SourceTensor(name, (64, 64), "bfloat16") for name in weights])
     arena = _arena(weights, layout, zero_copy=True, group_bytes=1 << 13, budget_bytes=1 << 14)
     assert (arena.buffer.numel(), arena.ring.whole) == (64 * 64 * 2, True)
+
+
+def test_column_slices_and_casts_take_memory_and_what_lies_beside_them_takes_none() -> None:
+    """A bf16 engine of TP 2 takes half of each row of `down`; `router` is wanted in fp32. Of one group of all, only these take room."""
+    weights = {f"w{i}": torch.randn(64, 64).bfloat16() for i in range(8)}
+    weights |= {
+        "down": torch.randn(64, 128).bfloat16(),
+        "router": torch.randn(300).bfloat16(),
+        "a": torch.ones(300).bfloat16(),
+    }
+    plain = {"router": "float32"}
+    sources = tuple(SourceTensor(n, tuple(w.shape), plain.get(n, "bfloat16")) for n, w in weights.items())
+    engines = {layout.digest(): layout for layout in (_half_of(sources, rank) for rank in range(2))}
+    (local,) = shard(weights, 1)
+    arena = SlotArena(rank=0, local=local, layouts=[local.layout(0)], format_="auto", zero_copy=True)
+    assert arena.lay_out(engines)
+    arena.fill()
+    assert len(arena.groups) == 1
+    assert arena.buffer.numel() < 64 * 128 * 2 + 300 * 4 + 1024, "the slices, the cast, and what alignment adds"
+    for rank, layout in enumerate(engines.values()):
+        found = deliver(arena, layout)
+        wanted = {n: w.float() if n in plain else w for n, w in weights.items()} | {
+            "down": weights["down"][:, 64 * rank : 64 * (rank + 1)].contiguous()
+        }
+        assert all(torch.equal(found[f"p.{n}"], w.reshape(-1).view(torch.uint8)) for n, w in wanted.items())
+
+
+def _half_of(sources: tuple[SourceTensor, ...], rank: int) -> TargetLayout:
+    """An engine rank that takes half of the columns of `down`, and all else as it is."""
+    whole = engine(list(sources))
+    targets = tuple(Target(t.name, (64, 64), t.dtype) if t.name == "p.down" else t for t in whole.targets)
+    half = Copy("down", 64 * rank, (128, 1), "p.down", 0, (64, 1), (64, 64))
+    copies = tuple(half if copy.source == "down" else copy for copy in whole.copies)
+    return TargetLayout(targets=targets, sources=whole.sources, copies=copies)
+
+
+def test_a_budget_that_another_rank_would_pass_if_it_copied_is_no_matter() -> None:
+    """Ranks of DDP hold everything whole, which each of them reads in place."""
+    weights = {"embed": torch.randn(256, 256).bfloat16()}
+    locals_ = [shard(weights, 1)[0] for _ in range(2)]
+    arena = SlotArena(
+        rank=0,
+        local=locals_[0],
+        layouts=[local.layout(rank) for rank, local in enumerate(locals_)],
+        format_="auto",
+        zero_copy=True,
+        budget_bytes=1 << 12,
+    )
+    layout = engine([SourceTensor("embed", (256, 256), "bfloat16")])
+    assert arena.lay_out({layout.digest(): layout})
+    assert arena.buffer.numel() == 1
+
+
+def test_parameters_in_one_flat_buffer_at_an_odd_place_are_read_and_measured() -> None:
+    """FSDP1 and optimizers keep views into one buffer; fp32 targets beside them must not make fp32 views of it."""
+    flat = torch.randn(1 + 64 * 64 + 300).bfloat16()
+    weights = {"odd": flat[1 : 1 + 64 * 64].view(64, 64), "bias": flat[1 + 64 * 64 :]}
+    layout = engine([SourceTensor("odd", (64, 64), "bfloat16"), SourceTensor("bias", (300,), "float32")])
+    arena = _arena(weights, layout, zero_copy=True)
+    (memory,) = arena.live_memory
+    assert memory.nbytes == flat.nbytes
+    assert torch.equal(deliver(arena, layout)["p.odd"], weights["odd"].reshape(-1).view(torch.uint8))
+    plan = make_plan(arena.layouts, arena.wants(layout.digest()))
+    sizes = np.array([TORCH[target.dtype].itemsize for target in plan.targets])
+    meters = [WritesMeter(group, plan.targets) for group in arena.parts(plan.writes(0), sizes)]
+    for meter in meters:
+        meter.launch()
+    names = {target.name: index for index, target in enumerate(plan.targets)}
+    assert WritesMeter.read(meters)[names["p.odd"]] == digest_tensor("p.odd", weights["odd"])
+
+
+def test_a_parameter_that_is_not_contiguous_any_more_is_copied() -> None:
+    """`reshape` would give a copy, which would be sent for ever."""
+    weights = {"w": torch.randn(64, 64).bfloat16()}
+    (local,) = shard(weights, 1)
+    arena = SlotArena(rank=0, local=local, layouts=[local.layout(0)], format_="auto", zero_copy=True)
+    layout = engine([SourceTensor("w", (64, 64), "bfloat16")])
+    assert arena.lay_out({layout.digest(): layout})
+    local.pieces[0].parameter.data = local.pieces[0].parameter.data.t()
+    assert arena.lay_out({layout.digest(): layout}), "it has moved"
+    assert arena.live_memory == []
+
+
+def test_memory_that_the_transport_does_not_take_is_copied(
+    monkeypatch: pytest.MonkeyPatch, open_ledger: Callable[..., Ledger]
+) -> None:
+    """Too little memlock, too many regions: 1 the push goes on with copies; 2 the next one asks no more."""
+    bench = Bench(open_ledger, commit="inPlace")
+    trainer = bench.trainer(zero_copy=True)
+    register, asked = trainer.agent.register, []
+
+    def refuse_models(tensors: Any) -> int:
+        asked.append(len(tensors))
+        if tensors[0] is not trainer.slots.buffer:
+            raise TransportError("memlock")
+        return register(tensors)
+
+    monkeypatch.setattr(trainer.agent, "register", refuse_models)
+    for version in (1, 2):
+        _push(bench, trainer, version)
+        assert bench.holds(version)
+    assert (trainer.slots.live_memory, trainer.writer.keeps_versions, len(asked)) == ([], False, 2)
+    bench.close()
 
 
 @pytest.fixture(params=["inPlace", "staged"])

@@ -180,12 +180,15 @@ class _Piece(NamedTuple):
     stop: int
 
     @property
-    def order(self) -> tuple[int, int]:
-        """Within its group: like parts and slices side by side, so that an engine's neighbours are neighbours in the arena."""
-        columns = self.form.columns
+    def order(self) -> tuple[bool, int, int]:
+        """Within its group: like parts and slices side by side, so that an engine's neighbours are neighbours in the arena.
+
+        What may be read where the model keeps it, whole and in the checkpoint's dtype, comes first: it may take no memory.
+        """
+        columns, converts = self.form.columns, self.form.dtype != self.form.through
         if columns is None or columns.width == self.form.row:
-            return (-1, self.number)
-        return (columns.start, self.number)
+            return (converts, -1, self.number)
+        return (converts, columns.start, self.number)
 
     def scales_at(self, offset: int) -> Holding | None:
         """The scales of every block that its rows touch, from fp32 element `offset` of the arena on."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 import numpy as np
 
@@ -37,18 +37,18 @@ class Share:
 
 
 def shares(
-    writes: np.ndarray, item_bytes: np.ndarray, groups: Sequence[Group], starts: Sequence[int], live: Sequence[LiveSpan]
+    writes: np.ndarray, item_bytes: np.ndarray, groups: Sequence[Group], shifts: Sequence[int], live: Sequence[LiveSpan]
 ) -> tuple[tuple[Share, ...], ...]:
     """By group: a rank's writes by the memory that they come from.
 
-    item_bytes: [targets] size of an element. starts: first byte of each group in the arena's buffer. live: ascending, apart.
+    item_bytes: [targets] size of an element. shifts: of each group, from the arena into its buffer. live: ascending, apart.
     """
     writes = cut(writes, item_bytes, live)
     size = item_bytes[writes["target_index"]]
     first = writes["slot_offset"] * size
     group = np.searchsorted([g.stop_bytes for g in groups], first, side="right")
     owner = _owner(first, live)
-    moved = np.array([start - g.start_bytes for g, start in zip(groups, starts, strict=True)], dtype=np.int64)
+    moved = np.array(shifts, dtype=np.int64)
     origin = np.array([-span.start for span in live] or [0], dtype=np.int64)
     if len(writes):
         writes["slot_offset"] += np.where(owner == ARENA, moved[group], origin[np.maximum(owner, 0)]) // size
@@ -77,9 +77,10 @@ def cut(writes: np.ndarray, item_bytes: np.ndarray, live: Sequence[LiveSpan]) ->
     return parts
 
 
-def live_groups(groups: Sequence[Group], live_slots: frozenset[int]) -> frozenset[int]:
-    """Groups all of whose slots are live: they take no memory of the arena."""
-    return frozenset(n for n, group in enumerate(groups) if live_slots.issuperset(range(group.first, group.stop)))
+def begins(groups: Sequence[Group], offsets: Sequence[int], live_slots: Set[int]) -> tuple[int, ...]:
+    """Of each group the first byte that is not live; its end where all are. offsets: first byte of each slot."""
+    first = [next((i for i in range(g.first, g.stop) if i not in live_slots), None) for g in groups]
+    return tuple(group.stop_bytes if i is None else offsets[i] for group, i in zip(groups, first, strict=True))
 
 
 def span_of(offset_bytes: int, numel: int, dtype: str) -> LiveSpan:

@@ -26,6 +26,13 @@ class Ring:
     """First byte of each group."""
     after: tuple[frozenset[int], ...]
     """For each group, those earlier ones whose memory it takes."""
+    begins: tuple[int, ...] = ()
+    """For each group, the byte of the arena that lies at its start: what is before it takes no memory. Empty: its first one."""
+
+    def shifts(self, groups: Sequence[Group]) -> list[int]:
+        """For each group, what is added to a byte's place in the arena to have its place in the buffer."""
+        begins = self.begins or tuple(group.start_bytes for group in groups)
+        return [start - begin for start, begin in zip(self.starts, begins, strict=True)]
 
     @property
     def whole(self) -> bool:
@@ -39,17 +46,18 @@ def group_bytes(budget_bytes: int | None) -> int:
 
 
 def make_ring(
-    groups: Sequence[Group], arena_bytes: int, budget_bytes: int | None, *, away: frozenset[int] = frozenset()
+    groups: Sequence[Group], arena_bytes: int, budget_bytes: int | None, *, begins: Sequence[int] = ()
 ) -> Ring:
     """Lay groups that take `arena_bytes` one behind the other into `budget_bytes`; None leaves them where they are.
 
-    away: numbers of groups that take nothing. Raises PlanError when one of the others alone takes more.
+    begins: the first byte of each group that takes memory, where some bytes take none. Raises PlanError when a group alone takes
+    more than the budget.
     """
-    if not away and (budget_bytes is None or arena_bytes <= budget_bytes):
+    if not begins and (budget_bytes is None or arena_bytes <= budget_bytes):
         return Ring(arena_bytes, tuple(group.start_bytes for group in groups), (frozenset(),) * len(groups))
-    lengths = [aligned(group.stop_bytes - group.start_bytes, GROUP_ALIGN_BYTES) for group in groups]
-    lengths = [0 if number in away else length for number, length in enumerate(lengths)]
-    if away and (budget_bytes is None or sum(lengths) <= budget_bytes):
+    first = list(begins) or [group.start_bytes for group in groups]
+    lengths = [aligned(g.stop_bytes - begin, GROUP_ALIGN_BYTES) for g, begin in zip(groups, first, strict=True)]
+    if begins and (budget_bytes is None or sum(lengths) <= budget_bytes):
         budget_bytes = sum(lengths)
     assert budget_bytes is not None
     starts, after, cursor = [], [], 0
@@ -66,14 +74,14 @@ def make_ring(
         lying = [each for each in lying if each not in taken] + [(number, start, cursor)]
         starts.append(start)
         after.append(frozenset(each[0] for each in taken))
-    return Ring(budget_bytes, tuple(starts), tuple(after))
+    return Ring(budget_bytes, tuple(starts), tuple(after), tuple(begins))
 
 
 def placed(carried: Carried, ring: Ring) -> tuple[Slot, ...]:
     """The slots of an arena, moved to where their groups lie in the ring."""
     slots: list[Slot] = []
-    for group, start in zip(carried.groups, ring.starts, strict=True):
-        slots += [_moved(slot, start - group.start_bytes) for slot in carried.slots[group.first : group.stop]]
+    for group, shift in zip(carried.groups, ring.shifts(carried.groups), strict=True):
+        slots += [_moved(slot, shift) for slot in carried.slots[group.first : group.stop]]
     return tuple(slots)
 
 

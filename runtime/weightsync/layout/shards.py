@@ -38,6 +38,11 @@ class LocalPiece:
     parameter_start: int
     """First element's place in the parameter's local shard."""
 
+    def place(self) -> tuple[int, bool]:
+        """(address, whether it is contiguous) of the parameter's local shard as it is now."""
+        local = _local(self.parameter)
+        return local.data_ptr(), local.is_contiguous()
+
     def flat(self) -> Tensor:
         """[stop - start] view of the parameter as it is now, dtype and device of the parameter; detached."""
         local = _local(self.parameter)

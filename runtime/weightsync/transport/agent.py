@@ -12,6 +12,7 @@ from __future__ import annotations
 import enum
 import functools
 import importlib
+import itertools
 import logging
 import os
 import threading
@@ -79,14 +80,16 @@ class Agent:
         with ucx_log().asked_for():
             self._agent = nixl.nixl_agent(name, config)
         self._registrations: dict[int, object] = {}
+        self._numbers = itertools.count()
         self._memory_types: set[str] = set()
         if BACKEND not in self._agent.backends:
             raise TransportError(f"NIXL has no {BACKEND} backend; it offers {sorted(self._agent.plugin_list)}")
 
-    def register(self, tensors: Sequence[torch.Tensor]) -> None:
+    def register(self, tensors: Sequence[torch.Tensor]) -> int:
         """Register the memory of contiguous tensors (any dtype, one device kind), one registration a tensor.
 
-        Raises TransportError when the backend refuses, which on RDMA usually means that memlock is too low.
+        Returns what `deregister` takes: their addresses may change meanwhile. Raises TransportError when the backend refuses, which
+        on RDMA usually means that memlock is too low.
         """
         try:
             registration = self._agent.register_memory(list(tensors), backends=[BACKEND])
@@ -95,12 +98,14 @@ class Agent:
             raise TransportError(
                 f"NIXL refused to register {len(tensors)} tensors, {total} bytes ({error}); check `ulimit -l` on RDMA"
             ) from error
-        self._registrations[tensors[0].data_ptr()] = registration
+        number = next(self._numbers)
+        self._registrations[number] = registration
         self._memory_types.update("VRAM" if tensor.is_cuda else "DRAM" for tensor in tensors)
+        return number
 
-    def deregister(self, first: torch.Tensor) -> None:
-        """Take back the registration that began with this tensor; no transfer from or to its memory may be prepared."""
-        self._agent.deregister_memory(self._registrations.pop(first.data_ptr()))
+    def deregister(self, number: int) -> None:
+        """Take back what `register` gave that number to; no transfer from or to its memory may be prepared."""
+        self._agent.deregister_memory(self._registrations.pop(number))
 
     def metadata(self) -> bytes:
         """What a peer needs to write into the memory registered so far: keep it within the session."""

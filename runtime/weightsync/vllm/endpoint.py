@@ -49,6 +49,7 @@ class WeightSyncEndpoint:
 
     def __init__(self) -> None:
         self._contract = Contract.load() if "WEIGHTSYNC_CONFIG" in os.environ else None
+        self._engine: Any = None
         self._replica: Replica | None = None
         self._native: NativeGate | None = None
 
@@ -69,10 +70,10 @@ class WeightSyncEndpoint:
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Join the session with the engine that vLLM has just started."""
+        self._engine = engine_client
         if self._contract is None:
             await self._init_native(engine_client)
             return
-        self._engine = engine_client
         engine: Any = LabelledEngine(reaching_all_ranks(engine_client), self._version)
         watch(engine_client, self._version)
         await engine.label()
@@ -104,6 +105,11 @@ class WeightSyncEndpoint:
         if self._contract is None:
             return "" if self._native is None else self._native.torn
         return "starting" if self._replica is None else self._replica.refusal()
+
+    @property
+    def engine_has_ended(self) -> bool:
+        """Whether the engine's processes are gone: they end before their API server does, on SIGTERM too."""
+        return bool(getattr(self._engine, "errored", False))
 
     def controls(self, path: str) -> bool:
         """Whether a route belongs to native weight transfer into this engine, and so is never refused."""
@@ -208,7 +214,7 @@ class ServingGate:
         if refusal:
             await _problem(503, refusal)(scope, receive, send)
             return
-        await self._app(scope, receive, send)
+        await self._app(scope, receive, _Answer(self._endpoint, scope, receive, send) if asks_engine else send)
 
     async def _control(self, scope: Any, receive: Any, send: Any) -> None:
         """A call of native weight transfer; its caller hears of it when the gate knows what it left behind."""
@@ -226,6 +232,22 @@ class ServingGate:
             await native.after(route, status)
         for message in held:
             await send(message)
+
+
+class _Answer:
+    """`send` of one answer: an error of an engine that has ended is a 503, after which clients ask another engine, and no 500."""
+
+    def __init__(self, endpoint: WeightSyncEndpoint, scope: Any, receive: Any, send: Any) -> None:
+        self._endpoint, self._scope, self._receive, self._send = endpoint, scope, receive, send
+        self._replaced = False
+
+    async def __call__(self, message: Any) -> None:
+        starts = message["type"] == "http.response.start"
+        if starts and message["status"] >= 500 and self._endpoint.engine_has_ended:
+            self._replaced = True
+            await _problem(503, "the engine has ended")(self._scope, self._receive, self._send)
+        elif not self._replaced:
+            await self._send(message)
 
 
 def _problem(status: int, message: str) -> JSONResponse:
