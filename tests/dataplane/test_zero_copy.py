@@ -145,7 +145,7 @@ def test_a_budget_is_for_what_is_converted() -> None:
 
 
 def test_column_slices_and_casts_take_memory_and_what_lies_beside_them_takes_none() -> None:
-    """A bf16 engine of TP 2 takes half of each row of `down`; `router` is wanted in fp32. Of one group of all, only these take room."""
+    """A bf16 engine of TP 2 takes half of each row of `down`, and `router` in fp32. Of one group of all, only these take room."""
     weights = {f"w{i}": torch.randn(64, 64).bfloat16() for i in range(8)}
     weights |= {
         "down": torch.randn(64, 128).bfloat16(),
