@@ -23,10 +23,10 @@ from weightsync.config import (
     TransferSection,
 )
 from weightsync.coordinator import Coordinator
-from weightsync.errors import PushAborted
+from weightsync.errors import ConversionError, PushAborted, TransportError
 from weightsync.rendezvous.handshake import Applied
 from weightsync.rendezvous.ledger import Ledger
-from weightsync.rendezvous.records import PushRecord, Vote
+from weightsync.rendezvous.records import PushRecord, Vote, WriterReport
 from weightsync.scale_exchange import ScaleExchange
 from weightsync.waiting import Deadline
 from weightsync.wire import Decision
@@ -191,6 +191,32 @@ def test_staged_pushes_convert_while_bytes_travel_and_catch_ups_send_what_is_the
     caught_up = fleet.last.catch_up(version=summary.version, sequence=3, step=1)
     assert caught_up is not None
     assert fleet.writer.calls == ["measure", "write"]
+
+
+@pytest.mark.failure_mode(13)
+def test_weights_that_cannot_be_sent_are_final_for_every_rank(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1. of this rank: the others find its final word, and none waits for a next attempt; 2. of another rank, whose word came while
+    the push ended over something else: it counts all the same, and stands in the account, by which that rank knows that it was heard.
+    """
+
+    def diverge(_: object) -> None:
+        raise ConversionError("w: 1 element is not finite")
+
+    monkeypatch.setattr(fleet.writer, "fill", diverge)
+    with pytest.raises(ConversionError, match="w: 1 element"):
+        fleet.push()
+    (mine,) = fleet.ledger.writer_reports(fleet.ledger.pushes()[0].push_id).values()
+    assert (mine.rank, mine.ok, mine.final) == (0, False, True)
+
+    def end(record: PushRecord, *_: Any) -> Written:
+        fleet.ledger.report_writer(record.push_id, WriterReport(rank=1, ok=False, final=True, reason="v is a NaN"))
+        raise TransportError("a peer is gone")
+
+    monkeypatch.undo()
+    monkeypatch.setattr(fleet.writer, "write", end)
+    with pytest.raises(ConversionError, match="trainer rank 1: v is a NaN"):
+        fleet.push()
+    assert fleet.ledger.pushes()[0].reason == "trainer rank 1: v is a NaN"
 
 
 @pytest.mark.failure_mode(12)
