@@ -196,7 +196,7 @@ def test_staged_pushes_convert_while_bytes_travel_and_catch_ups_send_what_is_the
 @pytest.mark.failure_mode(13)
 def test_weights_that_cannot_be_sent_are_final_for_every_rank(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     """1. of this rank: the others find its final word, and none waits for a next attempt; 2. of another rank, whose word came while
-    the push ended over something else: it counts all the same, and stands in the account, by which that rank knows that it was heard.
+    the push ended over something else: it counts all the same, and stands in the account, so that that rank knows it was heard.
     """
 
     def diverge(_: object) -> None:
