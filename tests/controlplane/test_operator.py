@@ -322,7 +322,7 @@ def test_what_the_ledger_says_is_in_the_status(kube: Kube, kubelet: Kubelet, led
     _wait_condition(kube, "Synced", "True", "InSync")
     _wait_condition(kube, "TransportVerified", "True", "ExpectedTransport")
     status = kube.status()
-    assert status["version"] == {"published": 42, "committed": 42}
+    assert status["version"] == {"published": 42, "committed": 42, "session": session}
     assert status["lastPush"]["GBps"] == 1.23
     assert status["lastPush"]["throughput"] == "1.23 GB/s"
     row = kube.kubectl("get", "ws", "--no-headers").stdout.split()
