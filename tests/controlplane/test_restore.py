@@ -173,6 +173,24 @@ def test_an_attempt_is_withdrawn_when_an_engine_that_has_the_version_comes_back(
     assert _deleted(_pass(job, earlier, replicas=back)) == [job["metadata"]["name"]]
 
 
+@pytest.mark.parametrize("state", ["OPEN", "VERIFIED", "DIRTY"])
+def test_an_attempt_that_has_engines_open_goes_on(state: str) -> None:
+    """Engines that its push has opened are about to resume. Seen to fail where that made it no loss, and its Job was deleted."""
+    step = _pass(_job(_wanted()), replicas={ENGINES[0]: (0, state), ENGINES[1]: (0, "CLEAN")})
+    assert (_deleted(step), _made(step), _synced(step).reason) == ([], [], Reason.RESTORING)
+
+
+def test_an_attempt_that_found_the_version_is_made_again_when_it_is_lost_after_all() -> None:
+    ended = _job(_wanted(), condition="Complete")
+    step = _pass(ended)
+    assert (_deleted(step), _made(step)) == ([ended["metadata"]["name"]], [])
+
+
+def test_a_failed_attempt_stays_while_somebody_pushes_by_hand() -> None:
+    step = _pass(_job(_wanted(), condition="Failed"), replicas={ENGINES[0]: (0, "OPEN"), ENGINES[1]: (0, "CLEAN")})
+    assert _deleted(step) == []
+
+
 def test_another_checkpoint_is_another_attempt_and_takes_the_failed_one_away() -> None:
     failed = _job(_wanted(), condition="Failed")
     mended = _wanted({"hostPath": "/mended"})

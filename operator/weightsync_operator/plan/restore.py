@@ -67,9 +67,11 @@ def step_restore(wish: RestoreWish, gang: TrainerStatus, fleet: Fleet, seen: See
         return Restore(actions=_deletions(jobs))
     if ledger is None or ledger.error:
         return Restore()  # nothing is known: an attempt that failed is kept, so that it is not repeated
-    if not _is_lost(fleet, ledger):
-        held_again = str(fleet.committed)
-        return Restore(actions=_deletions(job for job in jobs if has_ended(job) or _lost_version(job) == held_again))
+    of_this = [job for job in jobs if _lost_version(job) == str(fleet.committed)]
+    if _is_held(fleet):
+        return Restore(actions=_deletions(job for job in jobs if has_ended(job) or job in of_this))
+    if all(map(has_ended, of_this)) and not _is_lost(fleet, ledger):
+        return Restore(actions=_deletions(job for job in jobs if has_ended(job) and job not in of_this))
     if wish.template is None:
         return Restore(actions=_deletions(jobs), words=f"{FIELD} names nothing to restore it from")
     wanted = job_for_version(wish.template, fleet.committed)
@@ -81,14 +83,18 @@ def step_restore(wish: RestoreWish, gang: TrainerStatus, fleet: Fleet, seen: See
     return _attempt(wanted, wish, fleet, seen, ledger)
 
 
+def _is_held(fleet: Fleet) -> bool:
+    """Whether some engine holds the committed version; one that was never pushed is in spec.model."""
+    return fleet.committed == 0 or fleet.wanted == 0 or fleet.numbers().current > 0
+
+
 def _is_lost(fleet: Fleet, ledger: LedgerView) -> bool:
-    """Whether a version was committed that no engine holds, and none serves another that may still be served.
+    """Of a version that no engine is seen to hold: none is about to resume with it, and none serves another that may be served.
 
     Engines of a ledger that lost its data serve the model as loaded, and believe that it is the newest.
     """
     resuming = any(view.state in (ReplicaState.OPEN, ReplicaState.VERIFIED) for view in fleet.replicas)
-    nobody = fleet.wanted > 0 and fleet.committed > 0 and fleet.numbers().current == 0 and not resuming
-    return nobody and (fleet.ready == 0 or ledger.version < fleet.committed)
+    return not resuming and (fleet.ready == 0 or ledger.version < fleet.committed)
 
 
 def _attempt(wanted: Manifest, wish: RestoreWish, fleet: Fleet, seen: Seen, ledger: LedgerView) -> Restore:
@@ -96,6 +102,8 @@ def _attempt(wanted: Manifest, wish: RestoreWish, fleet: Fleet, seen: Seen, ledg
     job = seen.child("Job", name)
     if job is not None and condition(job, "Failed"):
         return Restore(words=f"Job {name} failed: {_why(seen)}; mend {FIELD}, or delete the Job to try again")
+    if job is not None and condition(job, "Complete"):  # it found the version with an engine that has lost it since
+        return Restore(actions=_deletions([job]), under_way=True, words=f"Job {name} ended, and is made again")
     if job is not None:
         return Restore(under_way=True, words=f"Job {name} pushes the newest checkpoint{_pending(seen)}")
     if (waits_for := _waits_for(wish, seen, ledger)) is not None:
