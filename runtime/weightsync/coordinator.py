@@ -34,7 +34,7 @@ from weightsync.push_steps import prepare, write_and_report
 from weightsync.rendezvous.handshake import Applied
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.progress import PushProgress
-from weightsync.rendezvous.records import Claim, Member, PushRecord, Verdict, Vote, WriterReport
+from weightsync.rendezvous.records import Claim, Member, PushRecord, Verdict, Vote, WriterReport, final_word
 from weightsync.scale_exchange import ScaleExchange
 from weightsync.telemetry import Stopwatch, trace_events, write_trace
 from weightsync.waiting import Deadline, wait_until
@@ -317,8 +317,8 @@ class Coordinator:
     def _fail_early(self, record: PushRecord, participants: Participants, progress: PushProgress) -> None:
         """Drop who cannot take part any more; raise PushAborted as soon as the push cannot succeed, by what is known."""
         verdict, reports = progress.verdict, progress.reports.values()
-        if final := _final(reports):
-            raise ConversionError(final[0])
+        if final := final_word(reports):
+            raise ConversionError(final)
         if verdict is None or verdict.decision is Decision.ABORT:
             raise PushAborted(verdict.reason if verdict else f"the ledger lost push {record.push_id}")
         failed = [report for report in reports if not report.ok]
@@ -337,7 +337,7 @@ class Coordinator:
     def _report_final(self, record: PushRecord, error: ConversionError) -> None:
         """Unless another rank has: the others need not wait for a next attempt."""
         with suppress(LedgerUnavailable):
-            if not any(report.final for report in self._ledger.writer_reports(record.push_id).values()):
+            if not final_word(self._ledger.writer_reports(record.push_id).values()):
                 report = WriterReport(rank=0, ok=False, reason=str(error), final=True)
                 self._ledger.report_writer(record.push_id, report)
 
@@ -370,13 +370,12 @@ class Coordinator:
         applied, reports = progress.applied, progress.reports
         took_s = time.monotonic() - started
         summary = summarize(record, verdict, participants, votes, applied, reports, phases.seconds, took_s)
-        final = [] if verdict.decision is Decision.COMMIT else _final(reports.values())
-        reason = final[0] if final else summary.reason
-        summary = dataclasses.replace(summary, finished_at=self._ledger.now(), reason=reason)
+        final = "" if verdict.decision is Decision.COMMIT else final_word(reports.values())
+        summary = dataclasses.replace(summary, finished_at=self._ledger.now(), reason=final or summary.reason)
         self._ledger.publish_push(summary)
         self._trace(summary, reports, votes, applied, phases)
         if final:
-            raise ConversionError(final[0])
+            raise ConversionError(final)
         if verdict.decision is not Decision.COMMIT:
             raise PushAborted(f"version {record.version} (push {record.push_id}): {verdict.reason}")
         return summary
@@ -416,11 +415,6 @@ class Coordinator:
             )
         except DeadlineExceeded as error:
             logger.warning("push %s is committed, but %s", record.push_id, error)
-
-
-def _final(reports: Iterable[WriterReport]) -> list[str]:
-    """Why weights of some ranks cannot be sent, whatever the attempt."""
-    return [f"trainer rank {report.rank}: {report.reason}" for report in reports if report.final]
 
 
 def wait_for(

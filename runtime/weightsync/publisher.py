@@ -51,7 +51,7 @@ from weightsync.push_steps import prepare, write_and_report
 from weightsync.rendezvous.heartbeat import writer_heartbeat
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.modelexpress import Rendezvous
-from weightsync.rendezvous.records import PushRecord, WriterReport
+from weightsync.rendezvous.records import PushRecord, WriterReport, final_word
 from weightsync.scale_exchange import ScaleExchange
 from weightsync.slots import SlotArena
 from weightsync.telemetry import Stopwatch
@@ -281,9 +281,9 @@ class Publisher:
     def _raise_final(self, record: PushRecord) -> None:
         """Raise ConversionError where some rank's weights cannot be sent at all: rank 0 makes no further attempt."""
         with suppress(LedgerUnavailable):
-            for report in self._ledger.until(time.monotonic()).writer_reports(record.push_id).values():
-                if report.final:
-                    raise ConversionError(f"trainer rank {report.rank}: {report.reason}")
+            reports = self._ledger.until(time.monotonic()).writer_reports(record.push_id)
+            if final := final_word(reports.values()):
+                raise ConversionError(final)
 
     def _wait_planned(self, record: PushRecord, deadline: Deadline) -> dict[int, str]:
         """Until every rank has planned: in an exchange of scales, one that stays away would hold the others."""

@@ -14,7 +14,7 @@ from weightsync_operator.plan.actions import Action, Apply, Delete, DryRun
 from weightsync_operator.plan.build.context import Manifest
 from weightsync_operator.plan.build.restore import job_for_version
 from weightsync_operator.plan.build.trainer import job_for_epoch
-from weightsync_operator.plan.observed import Seen, container_states, is_deleting
+from weightsync_operator.plan.observed import Seen, container_states, has_ended, is_deleting
 from weightsync_operator.plan.render import Render, stamped
 
 RETRY_S = 15.0
@@ -63,7 +63,7 @@ def _ask(pod: Manifest, key: str, known: PreflightStatus | None, seen: Seen) -> 
         return _waiting("the preflight pod is being made", known, Apply(manifest=stamped(pod)))
     if is_deleting(live):
         return _waiting("the preflight pod is asked again", known, look_again_s=RETRY_S)
-    if live.get("status", {}).get("phase") in ("Succeeded", "Failed"):
+    if has_ended(live):
         return _answer(live, key, known)
     return _pending(live, pod, known, seen)
 

@@ -7,6 +7,7 @@ between neither counts a failure twice nor starts an epoch that it did not note.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from weightsync_operator.api.names import ANNOTATION_TEMPLATE, LABEL_EPOCH, Component, TrainerState
 from weightsync_operator.api.status import TrainerStatus
@@ -144,7 +145,7 @@ def _finished_at(pod: Manifest) -> str:
 def _settle(wish: GangWish, status: TrainerStatus, jobs: list[Manifest], seen: Seen) -> GangStep:
     """Nothing of the gang is wanted as it is: clear the last epoch away, then note the next."""
     if jobs or _pods(seen) or _restoring(seen):
-        return GangStep(status=_beyond_restores(status, seen), actions=_deletions(jobs), look_again_s=LOOK_AGAIN_S)
+        return GangStep(status=_beyond_restores(status, seen), actions=job_deletions(jobs), look_again_s=LOOK_AGAIN_S)
     if wish.restores and status.epoch > 0 and seen.ledger is None:
         return GangStep(status=status, look_again_s=LOOK_AGAIN_S)
     if wish.suspend:
@@ -162,17 +163,17 @@ def _settle(wish: GangWish, status: TrainerStatus, jobs: list[Manifest], seen: S
 def _start(wish: GangWish, status: TrainerStatus, jobs: list[Manifest], seen: Seen) -> GangStep:
     """The epoch is noted and its Job does not exist; anything of another epoch has to go first."""
     if jobs or _pods(seen) or _restoring(seen):
-        return GangStep(status=status, actions=_deletions(jobs), look_again_s=LOOK_AGAIN_S)
+        return GangStep(status=status, actions=job_deletions(jobs), look_again_s=LOOK_AGAIN_S)
     return GangStep(status=status, actions=(Apply(manifest=stamped(job_for_epoch(wish.template, status.epoch))),))
 
 
 def _suspend(status: TrainerStatus, jobs: list[Manifest], seen: Seen) -> GangStep:
     if jobs or _pods(seen):
-        return GangStep(status=_moved(status, TrainerState.STOPPING, "suspended"), actions=_deletions(jobs))
+        return GangStep(status=_moved(status, TrainerState.STOPPING, "suspended"), actions=job_deletions(jobs))
     return GangStep(status=_moved(status, TrainerState.SUSPENDED, ""))
 
 
-def _deletions(jobs: list[Manifest]) -> tuple[Action, ...]:
+def job_deletions(jobs: Iterable[Manifest]) -> tuple[Action, ...]:
     """Foreground: the Job stays until its pods are gone."""
     return tuple(
         Delete(kind="Job", name=job["metadata"]["name"], uid=job["metadata"]["uid"], foreground=True)

@@ -78,6 +78,11 @@ class Seen:
         return sorted(found, key=lambda child: child["metadata"]["name"])
 
 
+def of_session(seen: Seen, kind: str) -> list[Manifest]:
+    """Children of one kind that use a session's ledger: those of SESSION_ROLES."""
+    return [child for role in SESSION_ROLES for child in seen.of_kind(kind, role)]
+
+
 def belongs_to(child: Manifest, uid: str) -> bool:
     """True when the resource `uid` controls the child, or it is a pod of a session with the resource's labels.
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from weightsync_operator.api.names import SESSION_ROLES, Component
+from weightsync_operator.api.names import Component
 from weightsync_operator.plan.actions import Delete
 from weightsync_operator.plan.build.context import Manifest
-from weightsync_operator.plan.observed import Seen, is_deleting
+from weightsync_operator.plan.observed import Seen, is_deleting, of_session
 
 REVISIONS_KEPT = 3
 
 
 def stale_contracts(seen: Seen, contract_name: str) -> Iterator[Delete]:
     """Contracts of older specs, once no pod mounts them."""
-    volumes = [volume for pod in _session_pods(seen) for volume in pod["spec"].get("volumes") or []]
+    volumes = [volume for pod in of_session(seen, "Pod") for volume in pod["spec"].get("volumes") or []]
     mounted = {volume.get("configMap", {}).get("name") for volume in volumes}
     for config_map in seen.of_kind("ConfigMap", Component.CONTRACT):
         if config_map["metadata"]["name"] not in {contract_name, *mounted}:
@@ -23,12 +23,11 @@ def stale_contracts(seen: Seen, contract_name: str) -> Iterator[Delete]:
 
 def stale_claim_templates(seen: Seen, names: Collection[str]) -> Iterator[Delete]:
     """ResourceClaimTemplates of older specs, once no pod was made by them."""
-    claims = [claim for pod in _session_pods(seen) for claim in pod["spec"].get("resourceClaims") or []]
+    claims = [claim for pod in of_session(seen, "Pod") for claim in pod["spec"].get("resourceClaims") or []]
     used = {claim.get("resourceClaimTemplateName") for claim in claims}
-    for component in SESSION_ROLES:
-        for template in seen.of_kind("ResourceClaimTemplate", component):
-            if template["metadata"]["name"] not in {*names, *used}:
-                yield _delete(template)
+    for template in of_session(seen, "ResourceClaimTemplate"):
+        if template["metadata"]["name"] not in {*names, *used}:
+            yield _delete(template)
 
 
 def stale_policies(seen: Seen, names: Collection[str]) -> Iterator[Delete]:
@@ -55,10 +54,6 @@ def stale_preflights(seen: Seen, waited_for: str | None) -> Iterator[Delete]:
     for pod in seen.of_kind("Pod", Component.PREFLIGHT):
         if pod["metadata"]["name"] != waited_for and not is_deleting(pod):
             yield _delete(pod)
-
-
-def _session_pods(seen: Seen) -> list[Manifest]:
-    return [pod for role in SESSION_ROLES for pod in seen.of_kind("Pod", role)]
 
 
 def _delete(child: Manifest) -> Delete:

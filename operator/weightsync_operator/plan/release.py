@@ -8,14 +8,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from weightsync_operator.api.names import FINALIZER, SESSION_ROLES, Condition, Reason
+from weightsync_operator.api.names import FINALIZER, Condition, Reason
 from weightsync_operator.api.spec import WeightSyncSpec
 from weightsync_operator.api.status import WeightSyncStatus
 from weightsync_operator.plan.actions import Delete
 from weightsync_operator.plan.build.context import Manifest
 from weightsync_operator.plan.conditions import Verdict, with_verdict
 from weightsync_operator.plan.fleet import named
-from weightsync_operator.plan.observed import Seen, is_deleting, seconds
+from weightsync_operator.plan.observed import Seen, is_deleting, of_session, seconds
 
 DEADLINE_S = 180.0
 """From the deletion on. A pod on a lost node and a Redis that is gone would else hold the resource, and its namespace, for ever."""
@@ -57,8 +57,7 @@ def step_release(seen: Seen, first_seen_at: float) -> Release:
     """
     deleted_at = seconds(seen.resource["metadata"]["deletionTimestamp"])
     overdue = deleted_at is not None and seen.now >= max(deleted_at + DEADLINE_S, first_seen_at + RETURN_S)
-    owners = [child for kind in ("Job", "StatefulSet") for role in SESSION_ROLES for child in seen.of_kind(kind, role)]
-    pods = [pod for role in SESSION_ROLES for pod in seen.of_kind("Pod", role)]
+    owners, pods = [*of_session(seen, "Job"), *of_session(seen, "StatefulSet")], of_session(seen, "Pod")
     return Release(
         actions=tuple(
             Delete(kind=owner["kind"], name=owner["metadata"]["name"], uid=owner["metadata"]["uid"], foreground=True)

@@ -8,17 +8,16 @@ asks once more before it pushes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 
 from weightsync.wire import ReplicaState
 from weightsync_operator.api.names import ANNOTATION_TEMPLATE, LABEL_LOST_VERSION, Component
 from weightsync_operator.api.status import TrainerStatus
-from weightsync_operator.plan.actions import Action, Apply, Delete
+from weightsync_operator.plan.actions import Action, Apply
 from weightsync_operator.plan.build.context import Manifest
 from weightsync_operator.plan.build.inference import ENGINE
 from weightsync_operator.plan.build.restore import FIELD, job_for_version, restore_hash
 from weightsync_operator.plan.fleet import Fleet, named
-from weightsync_operator.plan.gang import LATCHED
+from weightsync_operator.plan.gang import LATCHED, job_deletions
 from weightsync_operator.plan.observed import (
     LedgerView,
     Seen,
@@ -64,22 +63,22 @@ def step_restore(wish: RestoreWish, gang: TrainerStatus, fleet: Fleet, seen: See
     """The next step."""
     jobs, ledger = seen.of_kind("Job", Component.RESTORE), seen.ledger
     if wish.suspend or gang.state not in LATCHED:
-        return Restore(actions=_deletions(jobs))
+        return Restore(actions=job_deletions(jobs))
     if ledger is None or ledger.error:
         return Restore()  # nothing is known: an attempt that failed is kept, so that it is not repeated
     of_this = [job for job in jobs if _lost_version(job) == str(fleet.committed)]
     if _is_held(fleet):
-        return Restore(actions=_deletions(job for job in jobs if has_ended(job) or job in of_this))
+        return Restore(actions=job_deletions(job for job in jobs if has_ended(job) or job in of_this))
     if all(map(has_ended, of_this)) and not _is_lost(fleet, ledger):
-        return Restore(actions=_deletions(job for job in jobs if has_ended(job) and job not in of_this))
+        return Restore(actions=job_deletions(job for job in jobs if has_ended(job) and job not in of_this))
     if wish.template is None:
-        return Restore(actions=_deletions(jobs), words=f"{FIELD} names nothing to restore it from")
+        return Restore(actions=job_deletions(jobs), words=f"{FIELD} names nothing to restore it from")
     wanted = job_for_version(wish.template, fleet.committed)
     others = [job for job in jobs if job["metadata"]["name"] != wanted["metadata"]["name"]]
     if others:
         outdated = [job for job in others if _is_outdated(job, wish.template)]
         waits = named(tuple(job["metadata"]["name"] for job in others))
-        return Restore(actions=_deletions(outdated), under_way=True, words=f"waits for Job {waits} to end")
+        return Restore(actions=job_deletions(outdated), under_way=True, words=f"waits for Job {waits} to end")
     return _attempt(wanted, wish, fleet, seen, ledger)
 
 
@@ -103,7 +102,7 @@ def _attempt(wanted: Manifest, wish: RestoreWish, fleet: Fleet, seen: Seen, ledg
     if job is not None and condition(job, "Failed"):
         return Restore(words=f"Job {name} failed: {_why(seen)}; mend {FIELD}, or delete the Job to try again")
     if job is not None and condition(job, "Complete"):  # it found the version with an engine that has lost it since
-        return Restore(actions=_deletions([job]), under_way=True, words=f"Job {name} ended, and is made again")
+        return Restore(actions=job_deletions([job]), under_way=True, words=f"Job {name} ended, and is made again")
     if job is not None:
         return Restore(under_way=True, words=f"Job {name} pushes the newest checkpoint{_pending(seen)}")
     if (waits_for := _waits_for(wish, seen, ledger)) is not None:
@@ -180,11 +179,3 @@ def _why(seen: Seen) -> str:
         if ended.get("exitCode") != 0
     ]
     return max(said, default=("", "its pods are gone"))[1].splitlines()[-1][:300]
-
-
-def _deletions(jobs: Iterable[Manifest]) -> tuple[Action, ...]:
-    return tuple(
-        Delete(kind="Job", name=job["metadata"]["name"], uid=job["metadata"]["uid"], foreground=True)
-        for job in jobs
-        if not is_deleting(job)
-    )

@@ -7,6 +7,7 @@ reads too is in `wire`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from weightsync.telemetry import Span, spans_of
 from weightsync.wire import Decision, JsonRecord
@@ -153,6 +154,11 @@ class WriterReport(JsonRecord):
         object.__setattr__(self, "in_flight", tuple(self.in_flight))  # JSON has lists
         object.__setattr__(self, "spans", spans_of(self.spans))
         object.__setattr__(self, "transports", tuple(self.transports))
+
+
+def final_word(reports: Iterable[WriterReport]) -> str:
+    """Why no attempt of a push can go well, by the first rank that says so; empty when none does."""
+    return next((f"trainer rank {report.rank}: {report.reason}" for report in reports if report.final), "")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from weightsync_operator.api.fields import Resources
 from weightsync_operator.api.names import ANNOTATION_AUTH, LABEL_SESSION, Component
+from weightsync_operator.api.spec import CheckpointSpec, ModelSpec
 from weightsync_operator.plan.build import devices
 from weightsync_operator.plan.build.context import MODEL_EXPRESS_AUDIENCE, Context, Manifest
 from weightsync_operator.plan.fabric import Memlock
@@ -89,6 +90,14 @@ def device_resources(ctx: Context, gpus: int, *, cpu: str, memory: str) -> Manif
 
 def env_list(values: Mapping[str, str]) -> list[Manifest]:
     return [{"name": name, "value": value} for name, value in values.items()]
+
+
+def set_env(owner: Manifest, name: str, value: str) -> None:
+    """Give a variable that a rendered pod template has another value, in every container that has it."""
+    for container in owner["spec"]["template"]["spec"]["containers"]:
+        for variable in container.get("env", []):
+            if variable["name"] == name:
+                variable["value"] = value
 
 
 def field_env(**paths: str) -> list[Manifest]:
@@ -174,21 +183,30 @@ def runtime_mounts(ctx: Context) -> list[Manifest]:
 
 
 def model_volumes(ctx: Context) -> list[Manifest]:
-    model = ctx.spec.model
-    if model.host_path is not None:
-        # type Directory: without it the container runtime makes the missing folder on the node, empty.
-        return [{"name": "model", "hostPath": {"path": model.host_path, "type": "Directory"}}]
-    if model.persistent_volume_claim is not None:
-        claim = {"claimName": model.persistent_volume_claim.claim_name, "readOnly": True}
-        return [{"name": "model", "persistentVolumeClaim": claim}]
-    return []
+    return source_volumes("model", ctx.spec.model)
 
 
 def model_mounts(ctx: Context) -> list[Manifest]:
-    if ctx.spec.model.path is not None:
+    return source_mounts("model", ctx.spec.model, ctx.model_path)
+
+
+def source_volumes(name: str, source: ModelSpec | CheckpointSpec) -> list[Manifest]:
+    """The volume of files that are on the nodes or in a claim, read only; none for those that images have."""
+    if source.host_path is not None:
+        # type Directory: without it the container runtime makes the missing folder on the node, empty.
+        return [{"name": name, "hostPath": {"path": source.host_path, "type": "Directory"}}]
+    if source.persistent_volume_claim is not None:
+        claim = {"claimName": source.persistent_volume_claim.claim_name, "readOnly": True}
+        return [{"name": name, "persistentVolumeClaim": claim}]
+    return []
+
+
+def source_mounts(name: str, source: ModelSpec | CheckpointSpec, folder: str) -> list[Manifest]:
+    """Where a container finds what `source_volumes` brings."""
+    if source.path is not None:
         return []
-    mount: dict[str, Any] = {"name": "model", "mountPath": ctx.model_path, "readOnly": True}
-    claim = ctx.spec.model.persistent_volume_claim
+    mount: dict[str, Any] = {"name": name, "mountPath": folder, "readOnly": True}
+    claim = source.persistent_volume_claim
     if claim is not None and claim.sub_path is not None:
         mount["subPath"] = claim.sub_path
     return [mount]

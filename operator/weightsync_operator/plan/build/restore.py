@@ -19,6 +19,9 @@ from weightsync_operator.plan.build.pod import (
     runtime_mounts,
     runtime_volumes,
     session_pod_template,
+    set_env,
+    source_mounts,
+    source_volumes,
 )
 from weightsync_operator.plan.hashing import digest
 from weightsync_operator.plan.overlay import overlay_pod_template
@@ -55,10 +58,7 @@ def job_for_version(template: Manifest, version: int) -> Manifest:
     job["metadata"]["name"] += f"-{digest([template_hash, version], 8)}"
     job["metadata"]["labels"][LABEL_LOST_VERSION] = str(version)
     job["metadata"].setdefault("annotations", {})[ANNOTATION_TEMPLATE] = template_hash
-    for container in job["spec"]["template"]["spec"]["containers"]:
-        for variable in container.get("env", []):
-            if variable["name"] == LOST_VERSION_ENV:
-                variable["value"] = str(version)
+    set_env(job, LOST_VERSION_ENV, str(version))
     return job
 
 
@@ -72,7 +72,7 @@ def _pod(ctx: Context, checkpoint: CheckpointSpec, contract_name: str) -> Manife
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": 10,
         "containers": [_container(ctx, checkpoint)],
-        "volumes": [*runtime_volumes(ctx, contract_name), *_volumes(checkpoint)],
+        "volumes": [*runtime_volumes(ctx, contract_name), *source_volumes("checkpoint", checkpoint)],
     }
 
 
@@ -88,24 +88,5 @@ def _container(ctx: Context, checkpoint: CheckpointSpec) -> Manifest:
         "resources": device_resources(ctx, 0, cpu="100m", memory="256Mi"),
         "securityContext": fabric_security(ctx),
         "terminationMessagePolicy": "FallbackToLogsOnError",
-        "volumeMounts": [*runtime_mounts(ctx), *_mounts(checkpoint)],
+        "volumeMounts": [*runtime_mounts(ctx), *source_mounts("checkpoint", checkpoint, CHECKPOINT_FOLDER)],
     }
-
-
-def _volumes(checkpoint: CheckpointSpec) -> list[Manifest]:
-    if checkpoint.host_path is not None:
-        return [{"name": "checkpoint", "hostPath": {"path": checkpoint.host_path, "type": "Directory"}}]
-    if checkpoint.persistent_volume_claim is not None:
-        claim = {"claimName": checkpoint.persistent_volume_claim.claim_name, "readOnly": True}
-        return [{"name": "checkpoint", "persistentVolumeClaim": claim}]
-    return []
-
-
-def _mounts(checkpoint: CheckpointSpec) -> list[Manifest]:
-    if checkpoint.path is not None:
-        return []
-    mount: Manifest = {"name": "checkpoint", "mountPath": CHECKPOINT_FOLDER, "readOnly": True}
-    claim = checkpoint.persistent_volume_claim
-    if claim is not None and claim.sub_path is not None:
-        mount["subPath"] = claim.sub_path
-    return [mount]

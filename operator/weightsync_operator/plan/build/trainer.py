@@ -20,6 +20,7 @@ from weightsync_operator.plan.build.pod import (
     runtime_mounts,
     runtime_volumes,
     session_pod_template,
+    set_env,
 )
 from weightsync_operator.plan.hashing import digest
 from weightsync_operator.plan.overlay import overlay_pod_template
@@ -54,10 +55,7 @@ def job_for_epoch(template: Manifest, epoch: int) -> Manifest:
     job["metadata"]["labels"][LABEL_EPOCH] = str(epoch)
     job["metadata"].setdefault("annotations", {})[ANNOTATION_TEMPLATE] = template_hash(template)
     job["spec"]["template"]["metadata"]["labels"][LABEL_EPOCH] = str(epoch)
-    for container in job["spec"]["template"]["spec"]["containers"]:
-        for variable in container.get("env", []):
-            if variable["name"] == EPOCH_ENV:
-                variable["value"] = str(epoch)
+    set_env(job, EPOCH_ENV, str(epoch))
     return job
 
 
