@@ -111,7 +111,7 @@ def test_a_new_engine_image_rolls_out_under_requests_and_pushes(resource: Resour
     stream.wait_answers(3)
     tries = stream.tries()
     assert frozenset({old, new}) in seen
-    assert status["trainer"]["epoch"] == before["trainer"]["epoch"]
+    assert status["trainer"]["epoch"] == before["trainer"]["epoch"], resource.events("TrainerRestarting")
     assert status["version"]["committed"] > before["version"]["committed"] + 1
     assert len({version for t in tries for version in t.versions}) > 1
     assert unanswered(tries) == []

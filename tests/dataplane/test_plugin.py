@@ -5,9 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from weightsync.errors import ConfigError
 from weightsync.vllm import plugin
+from weightsync.vllm.kernels import Kernel, kernel_of
 
 
 @pytest.fixture
@@ -63,3 +65,35 @@ def test_an_engine_of_a_session_with_several_api_servers_is_refused_before_it_lo
     monkeypatch.setenv("WEIGHTSYNC_CONFIG", "contract.json")
     with pytest.raises(ConfigError, match="add --api-server-count 1"):
         configured(arguments, api_servers=2)
+
+
+@pytest.mark.vllm
+def test_where_the_cpu_has_amx_it_is_asked_for_and_latent_attention_keeps_its_matrix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM's attention uses tiles without asking Linux for them, and its AMX_MLA leaves no `kv_b_proj` to write to."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    asked: list[bool] = []
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: asked.append(True))
+    plugin.register()
+    assert asked
+    for latent, ending in ((True, "CPUMLABackend"), (False, "CPUAttentionBackend")):
+        config = SimpleNamespace(use_mla=latent, use_sparse=False)
+        assert CpuPlatform.get_attn_backend_cls(None, attn_selector_config=config, num_heads=4).endswith(ending)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(("small", "backend"), [(True, "SGL"), (False, "oneDNN")])
+def test_the_cpu_builds_kernels_are_told_apart(small: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By vLLM's own dispatch: SGL for small matrices where the CPU has AMX, else oneDNN."""
+    import vllm._custom_ops as custom_ops
+    import vllm.model_executor.layers.utils as layer_utils
+
+    monkeypatch.setattr(custom_ops, "_supports_onednn", True)
+    monkeypatch.setattr(layer_utils, "check_cpu_sgl_kernel", lambda *_: small)
+    layer = torch.nn.Linear(64, 32, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    layer.quant_method = SimpleNamespace()  # type: ignore[assignment]
+    layer_utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    assert kernel_of(layer) == Kernel("SimpleNamespace", backend)

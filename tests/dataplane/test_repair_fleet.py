@@ -55,9 +55,15 @@ def fleet(shared: JudgedFleet) -> Iterator[JudgedFleet]:
     push(shared)
     end_trainer(shared)
     yield shared
+    until("every replica has answered", lambda: set(shared.replicas) <= answering(shared), 30)
     answers = [entry for entry in shared.log_since(shared.judged_from) if "tokens" in entry]
     assert judge_answers(answers, shared.committed_steps()) == []
-    assert set(shared.replicas) <= {entry["replica"] for entry in answers if entry["status"] == 200}
+
+
+def answering(fleet: JudgedFleet) -> set[str]:
+    """Replicas that gave the client a whole answer since it is judged."""
+    log = fleet.log_since(fleet.judged_from)
+    return {entry["replica"] for entry in log if "tokens" in entry and entry["status"] == 200}
 
 
 def push(fleet: Fleet) -> None:

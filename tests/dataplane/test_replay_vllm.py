@@ -31,7 +31,7 @@ def test_a_replay_leaves_what_a_load_of_the_same_weights_does(found: dict[str, A
     """
     replayed, fresh = found[family]["replayed"], found[family]["fresh"]
     assert all("norm" in name or "kv_b_proj" in name for name in replayed["direct"])
-    assert any("oneDNN" in kernel for kernel in replayed["kernels"])
+    assert any(kernel.endswith(("/oneDNN", "/SGL")) for kernel in replayed["kernels"])  # the latter where the CPU has AMX
     assert ("UnquantizedFusedMoEMethod/CPU" in replayed["kernels"]) == (family != "llama")
     assert replayed["untouched_by_the_probe"]
     assert replayed["answers"] == fresh["answers"] != replayed["before"]

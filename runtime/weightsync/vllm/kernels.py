@@ -37,6 +37,9 @@ SWAPPED = {"oneDNN": ("cpu_linear",), "zentorch": ("cpu_linear",)}
 """By backend, attributes that hold weights where no tensor reaches them: a replay puts the new object in the old one's place. Only
 ever for CPU kernels, which no CUDA graph has captured."""
 
+_HELD = {"handler": "oneDNN", "packed_weight": "SGL"}
+"""Kernels of the CPU build by what `cpu_linear` closes over, among other things."""
+
 
 def kernel_of(module: nn.Module) -> Kernel:
     """Method and backend of one module, whose weights may be loaded or not."""
@@ -76,4 +79,4 @@ def _cpu_backend(linear: Any) -> str:
     held = getattr(getattr(linear, "__code__", None), "co_freevars", ())
     if not held:
         return "torch"
-    return {"handler": "oneDNN", "packed_weight": "SGL"}.get(held[0], "zentorch")
+    return next((name for variable, name in _HELD.items() if variable in held), "zentorch")

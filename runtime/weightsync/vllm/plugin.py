@@ -6,8 +6,9 @@ worker extension get it without a flag, so that this package and VLLM_PLUGINS ar
 On the CPU build it keeps live parameters in the layout that the loader wrote, which is also a GPU's. vLLM would otherwise
 repack linear weights for oneDNN or SGL kernels, and leave empty parameters behind (vllm/_custom_ops.py,
 vllm/model_executor/layers/utils.py), and experts into tiles of the same size (fused_moe/experts/cpu_moe.py). Here the experts
-are packed at each call instead: slow, and right after a push. With WEIGHTSYNC_CPU_KERNELS=vllm in the environment vLLM has its
-way, and those modules are replayed.
+are packed at each call instead: slow, and right after a push; and latent attention uses the backend that reads `kv_b_proj`
+(CPU_MLA), where AMX_MLA would pack it away. With WEIGHTSYNC_CPU_KERNELS=vllm in the environment vLLM has its way, and those
+modules are replayed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import importlib
 import os
 import sys
 from typing import Any
+
+import torch
 
 from weightsync.vllm.ranks import require_one_client
 
@@ -34,8 +37,10 @@ def register() -> None:
     """Prepare this process; safe to repeat."""
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu() and os.environ.get(CPU_KERNELS, "") != "vllm":
-        _keep_load_layout()
+    if current_platform.is_cpu():
+        _ask_for_amx()
+        if os.environ.get(CPU_KERNELS, "") != "vllm":
+            _keep_load_layout()
     if "staging" not in _done and "WEIGHTSYNC_CONFIG" in os.environ:
         _stage_when_loaded()
         _done.add("staging")
@@ -94,6 +99,16 @@ def _extend_workers(engine_args: Any) -> None:
     engine_args.create_engine_config = create_engine_config
 
 
+def _ask_for_amx() -> None:
+    """Linux kills who uses AMX tiles without having asked (arch_prctl, ARCH_REQ_XCOMP_PERM), once for a process.
+
+    oneDNN and torch ask before their own; vLLM's attention uses tiles and asks nobody (csrc/cpu). A model small enough to have all
+    its matrices in SGL's kernels reaches it first, and dies of an illegal instruction at its first long request.
+    """
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
+
+
 def _keep_load_layout() -> None:
     import vllm._custom_ops as custom_ops
     import vllm.model_executor.layers.utils as layer_utils
@@ -102,12 +117,28 @@ def _keep_load_layout() -> None:
 
     custom_ops._supports_onednn = False
     layer_utils.check_cpu_sgl_kernel = _no_repacked_kernel
+    if "attention" not in _done:
+        _prefer_cpu_mla()
+        _done.add("attention")
     if cpu_moe.cpu_fused_moe is not _pack_and_run:
         cpu_moe.cpu_fused_moe = _pack_and_run
         # `_pad_moe_intermediate` still changes shapes that the kernel cannot take; the receiver's probe refuses those by name.
         cpu_moe.CPUUnquantizedExperts.process_weights_after_loading = (
             cpu_moe.CPUUnquantizedExperts._pad_moe_intermediate
         )
+
+
+def _prefer_cpu_mla() -> None:
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    choose = CpuPlatform.get_attn_backend_cls.__func__  # type: ignore[attr-defined]
+
+    def get_attn_backend_cls(cls: Any, selected_backend: Any, attn_selector_config: Any, **rest: Any) -> str:
+        selected = AttentionBackendEnum.CPU_MLA if attn_selector_config.use_mla else selected_backend
+        return choose(cls, selected, attn_selector_config, **rest)
+
+    CpuPlatform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
 
 
 def _no_repacked_kernel(*_: object, **__: object) -> bool:
