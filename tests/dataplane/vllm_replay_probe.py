@@ -18,7 +18,7 @@ os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1"
 os.environ.update(WEIGHTSYNC_CPU_KERNELS="vllm", OMP_NUM_THREADS="1")
 
 ATTENTION = "CPU_MLA"
-"""Where there is AMX, vLLM would take AMX_MLA, which can neither be written nor replayed. Models without latent attention ignore it."""
+"""Where there is AMX, vLLM takes AMX_MLA, which can neither be written nor replayed. Without latent attention this is ignored."""
 PROMPTS = [[1, 2, 3], [9, 8, 7, 6], [100, 200]]
 
 
