@@ -138,7 +138,7 @@ def _prefer_cpu_mla() -> None:
         selected = AttentionBackendEnum.CPU_MLA if attn_selector_config.use_mla else selected_backend
         return choose(cls, selected, attn_selector_config, **rest)
 
-    CpuPlatform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+    CpuPlatform.get_attn_backend_cls = classmethod(get_attn_backend_cls)  # type: ignore[assignment]
 
 
 def _no_repacked_kernel(*_: object, **__: object) -> bool:
