@@ -315,6 +315,7 @@ def test_the_engine_serves_the_model_by_its_name_with_the_plug_in() -> None:
         "8000",
     )
     assert engine["args"][-1] == "--enforce-eager"
+    assert 0 < int(args["--shutdown-timeout"]) < rendered.engines["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert _env(engine)["VLLM_PLUGINS"] == "weightsync"
     assert engine["readinessProbe"]["httpGet"]["path"] == "/weightsync/v1/ready"
 

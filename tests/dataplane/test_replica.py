@@ -284,6 +284,46 @@ async def test_a_staged_replica_serves_on_without_a_ledger_and_applies_what_it_t
     assert scene.replica.view.version == record.version
 
 
+@pytest.mark.failure_mode(46)
+@pytest.mark.asyncio
+async def test_a_replica_that_leaves_is_no_member_takes_nothing_and_does_not_come_back(
+    open_ledger: Callable[..., Ledger],
+) -> None:
+    scene = Scene(open_ledger)
+    heartbeat = scene.replica._heartbeat.start()
+    assert heartbeat.wait_first(10)
+    assert list(scene.ledger.live_members()) == ["engine-0"]
+    await asyncio.to_thread(scene.replica.leave)
+    assert (scene.ledger.members(), scene.ledger.replica_statuses()) == ({}, {})
+    assert "ending" in scene.replica.refusal()
+    with pytest.raises(FencedOut, match="engine-0 is ending: it takes no push"):
+        await scene.replica.open(scene.begin())
+    heartbeat.poke()
+    assert not heartbeat._thread.is_alive()
+    scene.replica.leave()
+    assert scene.ledger.members() == {}
+
+
+@pytest.mark.asyncio
+async def test_a_replica_leaves_without_a_ledger_too(
+    open_ledger: Callable[..., Ledger], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lease says so later. And one whose engine still loads has nothing to leave."""
+    scene, asked = Scene(open_ledger), []
+
+    def away(*question: str) -> bool:
+        asked.append(question)
+        raise LedgerUnavailable("Redis is gone")
+
+    monkeypatch.setattr(Ledger, "leave", away)
+    await asyncio.to_thread(scene.replica.leave)
+    assert (len(asked), "ending" in scene.replica.refusal()) == (1, True)
+    loading = Scene(open_ledger)
+    loading.replica.view = View()
+    loading.replica.leave()
+    assert len(asked) == 1
+
+
 @pytest.mark.failure_mode(57)
 def test_ranks_of_two_versions_are_dirty_together() -> None:
     mixed = View(ranks=(rank_of(0, epoch=1, version=2), rank_of(1, epoch=1, version=1)), committed=2)

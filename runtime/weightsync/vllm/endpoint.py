@@ -29,6 +29,7 @@ from weightsync.errors import DeadlineExceeded, FencedOut, WeightSyncError
 from weightsync.metrics import CONTENT_TYPE
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.records import PushRecord
+from weightsync.vllm.ending import leave_before_end
 from weightsync.vllm.native_gate import CONTROL_ROUTES, NativeGate
 from weightsync.vllm.plugin import BACKEND
 from weightsync.vllm.ranks import go_on_together, reaching_all_ranks
@@ -84,6 +85,7 @@ class WeightSyncEndpoint:
             ledger=Ledger.from_contract(self._contract),
             together=go_on_together(engine_client),
         )
+        leave_before_end(engine_client, self._replica.leave)
         self._replica.start()
 
     async def _init_native(self, engine_client: Any) -> None:
@@ -251,7 +253,10 @@ class _Answer:
 
 
 def _problem(status: int, message: str) -> JSONResponse:
-    """An error in the shape that OpenAI clients read."""
-    headers = {"Retry-After": "1"} if status == 503 else None
+    """An error in the shape that OpenAI clients read.
+
+    After a 503 the connection is closed: the next one may go to another engine, which a Service chooses by connection.
+    """
+    headers = {"Retry-After": "1", "Connection": "close"} if status == 503 else None
     body = {"error": {"message": message, "type": "weightsync", "code": status}}
     return JSONResponse(body, status_code=status, headers=headers)

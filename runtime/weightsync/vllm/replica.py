@@ -69,6 +69,7 @@ class Replica:
         self._tasks: set[asyncio.Task[None]] = set()
         self._heartbeat = Heartbeat("replica", self._beat, interval_s=LEASE_S / 3)
         self._joined_at = 0.0
+        self._leaving = False
         self._view_lock = threading.Lock()
         self._metrics = ReplicaMetrics()
         self._repairer = Repairer(patient=self, contract=contract, ledger=ledger, on_ended=self._metrics.repair_ended)
@@ -80,6 +81,8 @@ class Replica:
 
     def refusal(self) -> str:
         """Why this replica must not serve now, in words; empty when it may."""
+        if self._leaving:
+            return "ending: it answers what it has begun"
         return self.view.refusal(self._contract.transfer.max_version_skew) or self.stuck
 
     @property
@@ -102,6 +105,23 @@ class Replica:
     def start(self) -> None:
         """Offer the engine's memory and join the session, in the background: the API server must come up meanwhile."""
         self._spawn(self._join(), "weightsync-join")
+
+    def leave(self) -> None:
+        """End this membership and refuse requests from here on, so that neither a push nor a client waits for an engine that ends.
+
+        Not on the event loop's thread if that must go on: it waits for the ledger, for a third of a lease at most. Again: nothing.
+        """
+        with self._view_lock:
+            if self._leaving:
+                return
+            self._leaving = True
+        self._heartbeat.close()
+        if not self.view.ranks:
+            return
+        try:
+            self._ledger.until(time.monotonic() + LEASE_S / 3).leave(self.name, self.member().incarnation)
+        except LedgerUnavailable as error:
+            logger.warning("%s ends and cannot say so; its lease runs out in %.0f s: %s", self.name, LEASE_S, error)
 
     async def open(self, record: PushRecord) -> dict[str, Any]:
         """Offer memory to the writers of `record`, paused unless they write into staging; then see the push to its end.
@@ -143,7 +163,7 @@ class Replica:
     @property
     def late(self) -> bool:
         """Whether a repair would help, and nothing is open that may bring the version."""
-        return self.view.late and not self._busy.locked()
+        return self.view.late and not self._busy.locked() and not self._leaving
 
     async def lend(self, record: PushRecord) -> dict[str, Any]:
         """Have each rank write its live memory into the replica that `record` repairs; this one serves on.
@@ -161,6 +181,8 @@ class Replica:
         return {"replica": self.name}
 
     def _require_offered(self) -> None:
+        if self._leaving:
+            raise FencedOut(f"{self.name} is ending: it takes no push")
         if not self.view.ranks:
             raise FencedOut(f"{self.name} is starting: its memory is not offered yet")
 

@@ -19,6 +19,10 @@ from weightsync_operator.plan.overlay import overlay_pod_template
 
 ENGINE = "engine"
 """Name of the container."""
+DRAIN_S = 20
+"""How long an engine that ends goes on with the requests it has begun; `--shutdown-timeout` in engineArgs overrides it."""
+GRACE_S = 30
+"""Until the kubelet kills it: what is left after draining is for its processes' own end."""
 READY_PATH = "/weightsync/v1/ready"
 LIVE_PATH = "/weightsync/v1/live"
 
@@ -50,7 +54,7 @@ def _choice(ctx: Context) -> Manifest:
 
 def _pod(ctx: Context, contract_name: str) -> Manifest:
     return {
-        "terminationGracePeriodSeconds": 30,
+        "terminationGracePeriodSeconds": GRACE_S,
         "containers": [_container(ctx)],
         "volumes": runtime_volumes(ctx, contract_name),
     }
@@ -84,6 +88,7 @@ def _arguments(ctx: Context) -> list[str]:
         *("--dtype", ctx.spec.model.dtype),
         *("--tensor-parallel-size", str(parallelism.tp)),
         *_data_parallel(parallelism.dp),
+        *("--shutdown-timeout", str(DRAIN_S)),
         *(("--enable-expert-parallel",) if parallelism.ep > 1 else ()),
         *ctx.spec.inference.engine_args,
     ]
