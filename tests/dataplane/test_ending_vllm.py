@@ -1,4 +1,4 @@
-"""A real engine that is told to end while it answers and while a trainer pushes: nobody waits for it, and no answer is lost in silence."""
+"""A real engine that is told to end while it answers and a trainer pushes: nobody waits for it, and every request is answered."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """How an engine ends: it leaves its session first, and lets no request wait for an answer that cannot come.
 
-On SIGTERM vLLM's API server stops the engine's processes, and then waits for connections to close. The replica in it would renew its
-lease meanwhile, a member of each push that refuses to take it; and requests that outlast `--shutdown-timeout` (0 unless it is given)
+On SIGTERM vLLM's API server stops the engine's processes, and then waits for connections to close. The replica in it would renew
+its lease meanwhile, a member of each push that refuses to take it; and requests that outlast `--shutdown-timeout` (0 unless given)
 would never be answered, since what waits for them is only cancelled (vllm/v1/engine/async_llm.py, `shutdown`).
 """
 

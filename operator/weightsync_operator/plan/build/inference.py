@@ -86,9 +86,9 @@ def _arguments(ctx: Context) -> list[str]:
         *("--served-model-name", ctx.model_name),
         *("--host", "0.0.0.0", "--port", str(INFERENCE_PORT)),
         *("--dtype", ctx.spec.model.dtype),
+        *("--shutdown-timeout", str(DRAIN_S)),
         *("--tensor-parallel-size", str(parallelism.tp)),
         *_data_parallel(parallelism.dp),
-        *("--shutdown-timeout", str(DRAIN_S)),
         *(("--enable-expert-parallel",) if parallelism.ep > 1 else ()),
         *ctx.spec.inference.engine_args,
     ]
