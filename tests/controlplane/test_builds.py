@@ -11,6 +11,7 @@ import pytest
 from tests.controlplane.builders import DEFAULTS, KEY, UID, make_context
 from weightsync.config import Contract
 from weightsync.preflight import Question
+from weightsync.vllm.serve import DRAIN_S
 from weightsync_operator.api.names import LABEL_EPOCH, LABEL_SESSION
 from weightsync_operator.plan.build.auth import access_list, derive_passwords, secret
 from weightsync_operator.plan.build.trainer import job_for_epoch
@@ -315,7 +316,7 @@ def test_the_engine_serves_the_model_by_its_name_with_the_plug_in() -> None:
         "8000",
     )
     assert engine["args"][-1] == "--enforce-eager"
-    assert 0 < int(args["--shutdown-timeout"]) < rendered.engines["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert rendered.engines["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] >= DRAIN_S + 10
     assert _env(engine)["VLLM_PLUGINS"] == "weightsync"
     assert engine["readinessProbe"]["httpGet"]["path"] == "/weightsync/v1/ready"
 

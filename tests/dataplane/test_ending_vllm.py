@@ -64,7 +64,7 @@ def test_an_engine_that_ends_leaves_its_session_and_answers_what_it_has_begun(fl
     at once with the other one, though the first one's lease would live for seconds.
     """
     stays = fleet.start_engine("stays")
-    ends = fleet.start_engine("ends", more=("--shutdown-timeout", "20"))
+    ends = fleet.start_engine("ends")
     trainer = fleet.start_trainer()
     for engine in (stays, ends):
         engine.wait_up()
@@ -80,7 +80,7 @@ def test_an_engine_that_ends_leaves_its_session_and_answers_what_it_has_begun(fl
 
 def test_a_request_that_an_ending_engine_cannot_finish_is_to_be_asked_again(fleet: Fleet) -> None:
     """vLLM gives it up with the engine's processes and leaves its connection open, until the pod is killed after half a minute."""
-    ends = fleet.start_engine("ends").wait_up()
+    ends = fleet.start_engine("ends", more=("--shutdown-timeout", "0")).wait_up()
     fleet.start_trainer().push(1)
     until("it serves", ends.ready, 60)
     asked = Asked(ends)

@@ -12,6 +12,9 @@ import shutil
 import sys
 from pathlib import Path
 
+DRAIN_S = 20
+"""How long an engine that is told to end goes on with the requests it has begun, unless `--shutdown-timeout` says otherwise. Less
+than its pod's grace period."""
 PROBES = "/weightsync/v1/ready,/weightsync/v1/live,/health,/metrics"
 
 
@@ -21,7 +24,9 @@ def main() -> None:
     _seed_cache()
     from vllm.entrypoints.cli.main import main as vllm_main
 
-    sys.argv = ["vllm", "serve", *sys.argv[1:], "--disable-access-log-for-endpoints", PROBES]
+    model, options = sys.argv[1:2], sys.argv[2:]
+    drains, quiet = ["--shutdown-timeout", str(DRAIN_S)], ["--disable-access-log-for-endpoints", PROBES]
+    sys.argv = ["vllm", "serve", *model, *drains, *options, *quiet]
     vllm_main()
 
 

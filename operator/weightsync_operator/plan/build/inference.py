@@ -19,10 +19,8 @@ from weightsync_operator.plan.overlay import overlay_pod_template
 
 ENGINE = "engine"
 """Name of the container."""
-DRAIN_S = 20
-"""How long an engine that ends goes on with the requests it has begun; `--shutdown-timeout` in engineArgs overrides it."""
 GRACE_S = 30
-"""Until the kubelet kills it: what is left after draining is for its processes' own end."""
+"""From SIGTERM until the kubelet kills it: longer than an engine takes to answer what it has begun (`weightsync.vllm.serve`)."""
 READY_PATH = "/weightsync/v1/ready"
 LIVE_PATH = "/weightsync/v1/live"
 
@@ -86,7 +84,6 @@ def _arguments(ctx: Context) -> list[str]:
         *("--served-model-name", ctx.model_name),
         *("--host", "0.0.0.0", "--port", str(INFERENCE_PORT)),
         *("--dtype", ctx.spec.model.dtype),
-        *("--shutdown-timeout", str(DRAIN_S)),
         *("--tensor-parallel-size", str(parallelism.tp)),
         *_data_parallel(parallelism.dp),
         *(("--enable-expert-parallel",) if parallelism.ep > 1 else ()),
