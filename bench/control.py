@@ -306,6 +306,8 @@ class Engine:
 
     async def check_health(self) -> None: ...
 
+    def shutdown(self, timeout: float | None = None) -> None: ...
+
 
 async def host(contracts: list[Path]) -> None:
     """Serve one replica for each contract, in this process, until it is killed."""

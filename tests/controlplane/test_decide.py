@@ -268,6 +268,14 @@ def test_an_engine_whose_heartbeat_ended_is_lost_and_one_without_a_record_is_sta
     assert states == {"ws-inference-0": "LOST", "ws-inference-1": "STARTING"}
 
 
+@pytest.mark.failure_mode(46)
+def test_an_engine_that_has_left_while_its_pod_is_deleted_is_ending_and_not_starting() -> None:
+    ledger = make_ledger(3, {"ws-inference-0": (3, "CLEAN")})
+    step = _steady(make_pod("ws-inference-1", ready=True, deleting=True), ledger=ledger)
+    (left,) = [view for view in step.status.replicas if view.name == "ws-inference-1"]
+    assert (left.state, left.reason) == ("ENDING", "has left its session")
+
+
 def test_records_of_pods_that_are_gone_are_not_shown() -> None:
     ledger = make_ledger(1, {f"ws-inference-{i}": (1, "CLEAN") for i in range(9)})
     assert len(_steady(ledger=ledger).status.replicas) == 2

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests.fixtures.models import make_tiny_deepseek
 from weightsync.errors import ConfigError
 from weightsync.vllm import plugin
 from weightsync.vllm.kernels import Kernel, kernel_of
@@ -68,20 +70,37 @@ def test_an_engine_of_a_session_with_several_api_servers_is_refused_before_it_lo
 
 
 @pytest.mark.vllm
-def test_where_the_cpu_has_amx_it_is_asked_for_and_latent_attention_keeps_its_matrix(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("given", "used"), [(None, "CPU_MLA"), ("AMX_MLA", "AMX_MLA")])
+def test_where_the_cpu_has_amx_latent_attention_is_configured_to_keep_its_matrix(
+    given: str | None, used: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM's attention uses tiles without asking Linux for them, and its AMX_MLA leaves no `kv_b_proj` to write to."""
-    from vllm.platforms.cpu import CpuPlatform
+    """AMX_MLA leaves no `kv_b_proj` to write to. What vLLM derives of the choice follows it: blocks of 16, no prefix cache."""
+    from vllm.engine.arg_utils import EngineArgs
 
-    asked: list[bool] = []
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: asked.append(True))
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: True)
+    plugin.register()
+    model = make_tiny_deepseek(tmp_path / "model")
+    config = EngineArgs(model=str(model), skip_tokenizer_init=True, attention_backend=given).create_engine_config()
+    assert config.attention_config.backend.name == used
+    assert (config.cache_config.block_size == 16, config.cache_config.enable_prefix_caching) == (
+        used == "CPU_MLA",
+        used != "CPU_MLA",
+    )
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("granted", [True, False])
+def test_amx_is_asked_for_and_a_refusal_is_told(
+    granted: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM's attention uses tiles without asking Linux for them."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    asked: list[bool] = []
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: asked.append(True) or granted)
     plugin.register()
     assert asked
-    for latent, ending in ((True, "CPUMLABackend"), (False, "CPUAttentionBackend")):
-        config = SimpleNamespace(use_mla=latent, use_sparse=False)
-        assert CpuPlatform.get_attn_backend_cls(None, attn_selector_config=config, num_heads=4).endswith(ending)
+    assert ("refuses this process" in caplog.text) is not granted
 
 
 @pytest.mark.vllm

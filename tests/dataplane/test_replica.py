@@ -296,8 +296,10 @@ async def test_a_replica_that_leaves_is_no_member_takes_nothing_and_does_not_com
     await asyncio.to_thread(scene.replica.leave)
     assert (scene.ledger.members(), scene.ledger.replica_statuses()) == ({}, {})
     assert "ending" in scene.replica.refusal()
-    with pytest.raises(FencedOut, match="engine-0 is ending: it takes no push"):
+    with pytest.raises(FencedOut, match="engine-0 is ending: it takes part in no push"):
         await scene.replica.open(scene.begin())
+    with pytest.raises(FencedOut, match="it takes part in no push"):
+        await scene.replica.lend(scene.begin())
     heartbeat.poke()
     assert not heartbeat._thread.is_alive()
     scene.replica.leave()

@@ -105,7 +105,7 @@ class ReplicaView(Section):
     version: int | None = None
     """Version of its weights; absent until it reported one."""
     state: Annotated[str, Field(max_length=16)]
-    """CLEAN, OPEN, VERIFIED or DIRTY; STARTING before the first report; LOST when its heartbeat ended."""
+    """CLEAN, OPEN, VERIFIED or DIRTY; STARTING before the first report; ENDING once it has left; LOST when its heartbeat ended."""
     reason: Text = ""
     """Why it does not serve."""
 

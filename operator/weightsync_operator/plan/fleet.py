@@ -11,6 +11,7 @@ from weightsync_operator.plan.build.context import Manifest
 from weightsync_operator.plan.observed import LedgerView, Seen, is_deleting, is_ready
 
 STARTING = "STARTING"
+ENDING = "ENDING"
 LOST = "LOST"
 NAMES_SHOWN = 5
 
@@ -58,7 +59,7 @@ def observe_fleet(seen: Seen, wanted: int, committed: int = 0) -> Fleet:
     pods = seen.of_kind("Pod", Component.INFERENCE)
     ledger = seen.ledger or LedgerView(session="")
     records = {record.name: record for record in ledger.replicas}
-    views = [_view(pod["metadata"]["name"], records, ledger) for pod in pods]
+    views = [_view(pod, records, ledger) for pod in pods]
     fleet = Fleet(
         wanted=wanted,
         committed=max(ledger.version, committed),
@@ -75,8 +76,11 @@ def _lenders(pods: list[Manifest], records: dict[str, ReplicaStatus], ledger: Le
     return frozenset(name for name in held if records[name].state == ReplicaState.CLEAN)
 
 
-def _view(name: str, records: dict[str, ReplicaStatus], ledger: LedgerView) -> ReplicaView:
+def _view(pod: Manifest, records: dict[str, ReplicaStatus], ledger: LedgerView) -> ReplicaView:
+    name = pod["metadata"]["name"]
     record = records.get(name)
+    if record is None and is_deleting(pod):
+        return ReplicaView(name=name, state=ENDING, reason="has left its session")
     if record is None:
         return ReplicaView(name=name, state=STARTING, reason="has not reported yet")
     if not ledger.error and name not in ledger.live:

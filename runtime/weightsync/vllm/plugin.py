@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import os
 import sys
 from typing import Any
@@ -28,6 +29,8 @@ BACKEND = "weightsync"
 WORKER_EXTENSION = "weightsync.vllm.worker.WorkerExtension"
 CPU_KERNELS = "WEIGHTSYNC_CPU_KERNELS"
 """`vllm`: leave vLLM's CPU kernels as they are, faster, and have what they repack replayed."""
+
+logger = logging.getLogger(__name__)
 
 _done: set[str] = set()
 """What was registered in this process."""
@@ -105,8 +108,8 @@ def _ask_for_amx() -> None:
     oneDNN and torch ask before their own; vLLM's attention uses tiles and asks nobody (csrc/cpu). A model small enough to have all
     its matrices in SGL's kernels reaches it first, and dies of an illegal instruction at its first long request.
     """
-    if torch.cpu._is_amx_tile_supported():
-        torch.cpu._init_amx()
+    if torch.cpu._is_amx_tile_supported() and not torch.cpu._init_amx():
+        logger.warning("Linux refuses this process the CPU's AMX tiles; vLLM's attention may die of an illegal instruction")
 
 
 def _keep_load_layout() -> None:
@@ -129,16 +132,19 @@ def _keep_load_layout() -> None:
 
 
 def _prefer_cpu_mla() -> None:
+    """In the configuration, of which vLLM derives the block size and what else the backend wants; an explicit one stays."""
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    choose = CpuPlatform.get_attn_backend_cls.__func__  # type: ignore[attr-defined]
+    complete = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
 
-    def get_attn_backend_cls(cls: Any, selected_backend: Any, attn_selector_config: Any, **rest: Any) -> str:
-        selected = AttentionBackendEnum.CPU_MLA if attn_selector_config.use_mla else selected_backend
-        return choose(cls, selected, attn_selector_config, **rest)
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        attention = vllm_config.attention_config
+        if attention.backend is None and getattr(vllm_config.model_config, "use_mla", False):
+            attention.backend = AttentionBackendEnum.CPU_MLA
+        complete(cls, vllm_config)
 
-    CpuPlatform.get_attn_backend_cls = classmethod(get_attn_backend_cls)  # type: ignore[assignment]
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)  # type: ignore[assignment]
 
 
 def _no_repacked_kernel(*_: object, **__: object) -> bool:

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 LEASE_S = 9.0
 """A replica that is not heard of for so long is no member of the next push; renewed each third of it."""
+LEAVE_S = LEASE_S / 3
+"""How long an engine that ends tries to say so before it ends all the same."""
 DECISION_POLL_S = 0.01
 GIVE_UP_S = 1.0
 """How long the answer to a push that was not opened waits for its abort; requests that hold a pause up may take longer."""
@@ -82,7 +84,7 @@ class Replica:
     def refusal(self) -> str:
         """Why this replica must not serve now, in words; empty when it may."""
         if self._leaving:
-            return "ending: it answers what it has begun"
+            return "ending: it has left its session"
         return self.view.refusal(self._contract.transfer.max_version_skew) or self.stuck
 
     @property
@@ -107,19 +109,20 @@ class Replica:
         self._spawn(self._join(), "weightsync-join")
 
     def leave(self) -> None:
-        """End this membership and refuse requests from here on, so that neither a push nor a client waits for an engine that ends.
+        """End this membership and refuse requests from here on: no push that begins later waits for an engine that ends.
 
-        Not on the event loop's thread if that must go on: it waits for the ledger, for a third of a lease at most. Again: nothing.
+        Not on the event loop's thread if that must go on: it waits for the ledger, LEAVE_S and a last try at most. Again: nothing.
         """
+        deadline = Deadline(LEAVE_S)
         with self._view_lock:
             if self._leaving:
                 return
             self._leaving = True
-        self._heartbeat.close()
+        self._heartbeat.close(deadline.left_s)
         if not self.view.ranks:
             return
         try:
-            self._ledger.until(time.monotonic() + LEASE_S / 3).leave(self.name, self.member().incarnation)
+            self._ledger.until(deadline.moment).leave(self.name, self.member().incarnation)
         except LedgerUnavailable as error:
             logger.warning("%s ends and cannot say so; its lease runs out in %.0f s: %s", self.name, LEASE_S, error)
 
@@ -170,6 +173,7 @@ class Replica:
 
         Raises FencedOut, and then no rank writes, when this replica does not hold what is asked for.
         """
+        self._require_offered()
         view = self.view
         holds = (view.epoch, view.version) == record.order and view.state is ReplicaState.CLEAN and view.lends
         if record.session != self._contract.session or record.source != self.name or not holds:
@@ -182,7 +186,7 @@ class Replica:
 
     def _require_offered(self) -> None:
         if self._leaving:
-            raise FencedOut(f"{self.name} is ending: it takes no push")
+            raise FencedOut(f"{self.name} is ending: it takes part in no push")
         if not self.view.ranks:
             raise FencedOut(f"{self.name} is starting: its memory is not offered yet")
 

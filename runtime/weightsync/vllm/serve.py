@@ -24,9 +24,10 @@ def main() -> None:
     _seed_cache()
     from vllm.entrypoints.cli.main import main as vllm_main
 
-    model, options = sys.argv[1:2], sys.argv[2:]
-    drains, quiet = ["--shutdown-timeout", str(DRAIN_S)], ["--disable-access-log-for-endpoints", PROBES]
-    sys.argv = ["vllm", "serve", *model, *drains, *options, *quiet]
+    options = sys.argv[1:]
+    told = any(option.split("=")[0] in ("--shutdown-timeout", "--config") for option in options)
+    drains = () if told else ("--shutdown-timeout", str(DRAIN_S))
+    sys.argv = ["vllm", "serve", *options, *drains, "--disable-access-log-for-endpoints", PROBES]
     vllm_main()
 
 
