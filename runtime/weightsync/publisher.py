@@ -51,7 +51,7 @@ from weightsync.push_steps import prepare, write_and_report
 from weightsync.rendezvous.heartbeat import writer_heartbeat
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.modelexpress import Rendezvous
-from weightsync.rendezvous.records import PushRecord, WriterReport, final_word
+from weightsync.rendezvous.records import PushRecord, WriterReport, final_word, was_final
 from weightsync.scale_exchange import ScaleExchange
 from weightsync.slots import SlotArena
 from weightsync.telemetry import Stopwatch
@@ -260,8 +260,8 @@ class Publisher:
             raise
         except ConversionError as error:  # no later attempt sends these weights
             self._refuse(record, str(error), final=True)
-            account = self._ledger.summary(record.push_id)
-            if account is not None and str(error) not in account.reason:  # rank 0 did not hear it, and tries again
+            account, reports = self._ledger.summary(record.push_id), self._ledger.writer_reports(record.push_id)
+            if account is not None and not was_final(account.reason, reports.values()):  # rank 0 heard none, and tries again
                 raise PushAborted(str(error)) from error
             raise
         except WeightSyncError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator, Set
@@ -26,7 +27,7 @@ from weightsync.coordinator import Coordinator
 from weightsync.errors import ConversionError, PushAborted, TransportError
 from weightsync.rendezvous.handshake import Applied
 from weightsync.rendezvous.ledger import Ledger
-from weightsync.rendezvous.records import PushRecord, Vote, WriterReport
+from weightsync.rendezvous.records import PushRecord, Vote, WriterReport, final_word, was_final
 from weightsync.scale_exchange import ScaleExchange
 from weightsync.waiting import Deadline
 from weightsync.wire import Decision
@@ -217,6 +218,18 @@ def test_weights_that_cannot_be_sent_are_final_for_every_rank(fleet: Fleet, monk
     with pytest.raises(ConversionError, match="trainer rank 1: v is a NaN"):
         fleet.push()
     assert fleet.ledger.pushes()[0].reason == "trainer rank 1: v is a NaN"
+
+
+@pytest.mark.failure_mode(4)
+def test_a_final_word_is_heard_whichever_of_several_ranks_it_came_from() -> None:
+    """A NaN in a block that ranks share is a fault of each: rank 0 accounts with one of them, and the others try no more."""
+    reports = [WriterReport(rank=rank, ok=False, final=True, reason=f"{rank} of 9 elements are wrong") for rank in (0, 1)]
+    assert final_word(reports) == "trainer rank 0: 0 of 9 elements are wrong"
+    assert was_final(final_word(reports), reports)
+    assert was_final(final_word(reports[1:]), reports)
+    assert not was_final("engine-0 is lost", reports)
+    assert not was_final("0 of 9 elements are wrong", [dataclasses.replace(report, final=False) for report in reports])
+
 
 
 @pytest.mark.failure_mode(12)

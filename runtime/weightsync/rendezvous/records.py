@@ -161,6 +161,11 @@ def final_word(reports: Iterable[WriterReport]) -> str:
     return next((f"trainer rank {report.rank}: {report.reason}" for report in reports if report.final), "")
 
 
+def was_final(reason: str, reports: Iterable[WriterReport]) -> bool:
+    """Whether rank 0, which accounts for a push with this reason, had heard a final word: any rank's, where several had one."""
+    return any(report.final and report.reason in reason for report in reports)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Vote(JsonRecord):
     """What one engine rank says of the bytes it received."""
