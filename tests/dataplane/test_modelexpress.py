@@ -255,7 +255,8 @@ def test_dead_redis_behind_the_server_is_an_error_and_not_an_empty_answer(
     with grpc.insecure_channel(modelexpress_server.address) as channel:
         listed = P2pServiceStub(channel).ListSources(p2p_pb2.ListSourcesRequest(), timeout=10)  # type: ignore[attr-defined]
     assert len(listed.instances) == 0
-    with pytest.raises(RendezvousUnavailable, match=r"its Redis does not answer|DEADLINE_EXCEEDED"):
+    # At the deadline the client's timer and the server's race: tonic answers CANCELLED when its own is first.
+    with pytest.raises(RendezvousUnavailable, match=r"its Redis does not answer|DEADLINE_EXCEEDED|CANCELLED Timeout expired"):
         rendezvous.fetch("engine-0", "pod-uid-1", 0, deadline=time.monotonic() + 2.0)
     with pytest.raises(RendezvousUnavailable, match=r"(publish|renew) engine-0/pod-uid-1/0 failed"):
         rendezvous.renew(published, deadline=time.monotonic() + 2.0)
