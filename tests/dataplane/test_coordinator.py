@@ -231,7 +231,6 @@ def test_a_final_word_is_heard_whichever_of_several_ranks_it_came_from() -> None
     assert not was_final("0 of 9 elements are wrong", [dataclasses.replace(report, final=False) for report in reports])
 
 
-
 @pytest.mark.failure_mode(12)
 @pytest.mark.failure_mode(22)
 @pytest.mark.parametrize(

@@ -79,10 +79,9 @@ def _lenders(pods: list[Manifest], records: dict[str, ReplicaStatus], ledger: Le
 def _view(pod: Manifest, records: dict[str, ReplicaStatus], ledger: LedgerView) -> ReplicaView:
     name = pod["metadata"]["name"]
     record = records.get(name)
-    if record is None and is_deleting(pod):
-        return ReplicaView(name=name, state=ENDING, reason="has left its session")
     if record is None:
-        return ReplicaView(name=name, state=STARTING, reason="has not reported yet")
+        state, reason = (ENDING, "has left its session") if is_deleting(pod) else (STARTING, "has not reported yet")
+        return ReplicaView(name=name, state=state, reason=reason)
     if not ledger.error and name not in ledger.live:
         return ReplicaView(name=name, version=record.version, state=LOST, reason="its heartbeat ended")
     reason = "" if record.serving else record.reason[:1024]
