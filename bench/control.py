@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import gc
 import json
 import os
 import subprocess
@@ -31,6 +32,7 @@ from typing import Any
 import redis
 import torch
 import uvicorn
+import uvloop
 from fastapi import FastAPI
 
 from bench.about import RESULTS, about, commit_of, save
@@ -65,6 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--replicas", type=int, default=64)
+    parser.add_argument("--ranks", type=int, default=1, help="of each replica, each of them a receiver")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--pushes", type=int, default=20)
     parser.add_argument(
@@ -74,7 +77,7 @@ def main() -> None:
     parser.add_argument("--host", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.host is not None:
-        asyncio.run(host([Path(path) for path in options.host]))
+        uvloop.run(host([Path(path) for path in options.host], options.ranks))  # as vLLM runs its API server
         return
     os.environ.setdefault("UCX_TLS", "tcp,self")  # on a GPU machine NIXL wants cuda_copy beside them
     head = {"about": about(), "limit_seconds": LIMIT_S}
@@ -83,7 +86,7 @@ def main() -> None:
         save("control-turns", report, options.out)
     else:
         report = {**head, **measure(options)}
-        save("control", report, options.out)
+        save("control" if options.ranks == 1 else "control-ranks", report, options.out)
     show(report)
 
 
@@ -106,7 +109,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 def turn(options: argparse.Namespace, checkout: Path) -> dict[str, Any]:
     """This bench in a process whose runtime is that of `checkout`."""
     with tempfile.TemporaryDirectory() as name:
-        sizes = ["--replicas", options.replicas, "--processes", options.processes, "--pushes", options.pushes]
+        sizes = ["--replicas", options.replicas, "--ranks", options.ranks, "--processes", options.processes]
+        sizes += ["--pushes", options.pushes]
         command = [sys.executable, "-m", "bench.control", *map(str, sizes), "--out", name]
         paths = [checkout.resolve() / "runtime", checkout.resolve() / "operator", Path.cwd()]
         subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}, check=True)
@@ -177,12 +181,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             server.start()
             stack.callback(server.kill)
         contract = make_contract(folder, redis_server.port, modelexpress.address)
-        ports = [free_port() for _ in range(options.replicas)]
-        paths = [write_contract(folder, contract, port) for port in dict.fromkeys(ports)]
+        paths = [write_contract(folder, contract, port) for port in free_ports(options.replicas)]
         hosts: list[subprocess.Popen[bytes]] = []
         for number in range(options.processes):
             mine = [str(path) for path in paths[number :: options.processes]]
-            process = subprocess.Popen([sys.executable, "-m", "bench.control", "--host", *mine])
+            ranks = ["--ranks", str(options.ranks)]
+            process = subprocess.Popen([sys.executable, "-m", "bench.control", *ranks, "--host", *mine])
             stack.callback(process.wait)
             stack.callback(process.kill)
             hosts.append(process)
@@ -190,11 +194,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         pid, client, pids = redis_server.process.pid, redis_server.client(), [host.pid for host in hosts]
         ledger = stack.enter_context(Ledger.from_contract(contract))
         wait_joined(ledger, len(paths), hosts)
-        return push(contract, ledger, len(paths), options.pushes, lambda: Spent.now(pids, pid, client))
+        return push(contract, ledger, options, lambda: Spent.now(pids, pid, client))
 
 
-def push(contract: Contract, ledger: Ledger, replicas: int, pushes: int, spent: Callable[[], Spent]) -> dict[str, Any]:
+def push(contract: Contract, ledger: Ledger, options: argparse.Namespace, spent: Callable[[], Spent]) -> dict[str, Any]:
     """Push from a trainer of one rank; the first pushes plan, connect and warm up."""
+    receivers, pushes = options.replicas * options.ranks, options.pushes
     weight = torch.zeros(ELEMENTS, dtype=torch.bfloat16)
     facts = PodFacts(name="trainer-0", uid="bench", ip="127.0.0.1", epoch=None)
     taken, before = [], spent()
@@ -206,7 +211,7 @@ def push(contract: Contract, ledger: Ledger, replicas: int, pushes: int, spent: 
             started = time.perf_counter()
             told = publisher.push(step=step)
             taken.append(time.perf_counter() - started)
-            assert len(told.replicas) == replicas and told.bytes == replicas * 2 * ELEMENTS, told
+            assert len(told.replicas) == options.replicas and told.bytes == receivers * 2 * ELEMENTS, told
             print(f"  push {step}: {taken[-1] * 1e3:.1f} ms", file=sys.stderr, flush=True)
         used = spent().a_push(before, pushes)
     summaries = ledger.pushes()[:pushes]
@@ -214,7 +219,8 @@ def push(contract: Contract, ledger: Ledger, replicas: int, pushes: int, spent: 
     phases = {name: median([summary.phases[name] for summary in summaries]) for name in summaries[0].phases}
     counted = sorted(taken[WARM_UP:])
     return {
-        "replicas": replicas,
+        "replicas": options.replicas,
+        "receivers": receivers,
         "pushes": pushes,
         "first_seconds": taken[0],
         "median_seconds": median(counted),
@@ -224,6 +230,14 @@ def push(contract: Contract, ledger: Ledger, replicas: int, pushes: int, spent: 
         "phase_seconds": phases,
         "a_push": used,
     }
+
+
+def free_ports(count: int) -> set[int]:
+    """Different ones: the kernel may offer one twice."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        ports.add(free_port())
+    return ports
 
 
 def make_contract(folder: Path, redis_port: int, modelexpress: str) -> Contract:
@@ -261,10 +275,8 @@ def wait_joined(ledger: Ledger, replicas: int, hosts: Sequence[subprocess.Popen[
 class Worker(WorkerExtension):
     """One engine rank without vLLM."""
 
-    rank = 0
-
-    def __init__(self, contract: Contract, facts: PodFacts) -> None:
-        self._contract, self._facts = contract, facts
+    def __init__(self, contract: Contract, facts: PodFacts, rank: int) -> None:
+        self._contract, self._facts, self.rank = contract, facts, rank
 
     def _weightsync_join(self, replica: str) -> Receiver:
         if not hasattr(self, "_weightsync_receiver"):
@@ -277,7 +289,7 @@ class Worker(WorkerExtension):
                 contract=self._contract,
                 facts=self._facts,
                 replica=replica,
-                rank=0,
+                rank=self.rank,
                 params={PARAMETER: torch.zeros(ELEMENTS, dtype=torch.bfloat16)},
                 layout=layout,
                 ledger=Ledger.from_contract(self._contract),
@@ -291,7 +303,7 @@ class Engine:
     """The part of vLLM's EngineClient that the plug-in uses."""
 
     vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=1))
-    worker: Worker
+    workers: list[Worker]
 
     async def generate(self) -> None: ...
 
@@ -302,14 +314,14 @@ class Engine:
     async def resume_generation(self) -> None: ...
 
     async def collective_rpc(self, method: str, timeout: float | None = None, args: tuple[Any, ...] = ()) -> list[Any]:
-        return [await asyncio.to_thread(getattr(self.worker, method), *args)]
+        return await asyncio.to_thread(lambda: [getattr(worker, method)(*args) for worker in self.workers])
 
     async def check_health(self) -> None: ...
 
     def shutdown(self, timeout: float | None = None) -> None: ...
 
 
-async def host(contracts: list[Path]) -> None:
+async def host(contracts: list[Path], ranks: int) -> None:
     """Serve one replica for each contract, in this process, until it is killed."""
     torch.set_num_threads(1)
     # As many threads a replica as asyncio gives one that has a process, and two cores, of its own.
@@ -321,9 +333,12 @@ async def host(contracts: list[Path]) -> None:
         os.environ.update(WEIGHTSYNC_CONFIG=str(path), POD_NAME=name, POD_UID=f"uid-{name}", POD_IP="127.0.0.1")
         endpoint, app = WeightSyncEndpoint(), FastAPI()
         endpoint.attach_router(app)
-        await endpoint.init_state(Engine(Worker(contract, PodFacts.load())), app.state, None)
+        workers = [Worker(contract, PodFacts.load(), rank) for rank in range(ranks)]
+        await endpoint.init_state(Engine(workers), app.state, None)
         config = uvicorn.Config(app, host="127.0.0.1", port=contract.endpoint.port, log_level="warning")
         servers.append(uvicorn.Server(config).serve())
+    gc.collect()
+    gc.freeze()  # as vLLM's API server and workers do once they have started (vllm/utils/gc_utils.py, freeze_gc_heap)
     await asyncio.gather(*servers)
 
 
@@ -334,7 +349,7 @@ def median(values: list[float]) -> float:
 def show(report: dict[str, Any]) -> None:
     """A column for this runtime, and one for the other where there is one."""
     sides = [report, *([report["other"]] if "other" in report else [])]
-    print(f"{report['replicas']} replicas, {report['pushes']} pushes of {ELEMENTS * 2} bytes each")
+    print(f"{report['receivers']} receivers of {report['replicas']} replicas, {report['pushes']} pushes")
 
     def row(name: str, values: Iterable[float], unit: str = "ms") -> None:
         print(f"  {name:<24}" + "".join(f"{value:10.1f} {unit}" for value in values))

@@ -1,7 +1,7 @@
 """An engine rank's side of a push: offers memory, has checked what arrived, and holds the verdict.
 
 One `Receiver` lives in each vLLM worker process; `weightsync.vllm.worker` makes it and `weightsync.vllm.replica` drives it by
-RPC. The RPCs only open, commit or abort; waiting, verifying and voting run on the thread of a `Reception`. States and fencing
+RPC. The RPCs only open, commit or abort; waiting, verifying and voting are a `Reception`, on a thread. States and fencing
 are those of design section 8: CLEAN(v) -> OPEN(v+1) -> VERIFIED(v+1) -> CLEAN(v+1). In place, live memory is what is offered,
 and an abort may leave it torn: DIRTY. Staged, a second buffer is, and live memory changes in `commit` only. Imports torch and
 NIXL (by the transport), never vLLM.
@@ -33,6 +33,7 @@ from weightsync.rendezvous.modelexpress import EngineDescriptor, RemoteTensor, R
 from weightsync.rendezvous.records import PushRecord
 from weightsync.replay import Replay
 from weightsync.staging import StagingArena, copy_all
+from weightsync.threads import KeptThreads
 from weightsync.transport import Agent
 from weightsync.wire import ReplicaState
 
@@ -95,6 +96,7 @@ class Receiver:
         self._last_push = ""
         self._received_bytes = 0
         self._reception: Reception | None = None
+        self._threads = KeptThreads("weightsync-receive")
         self._quarantine = Quarantine(replica=replica, rank=rank, ledger=ledger, profile=contract.fabric.profile)
         self._lender = Lender(
             rank=rank,
@@ -151,6 +153,7 @@ class Receiver:
                 fence=Fence.of(record, self._layout.digest()),
                 agent=self._agent,
                 ledger=self._ledger,
+                threads=self._threads,
                 replica=self._replica,
                 rank=self._rank,
                 landing=self._landing_meter,
@@ -231,6 +234,7 @@ class Receiver:
         """Stop receiving and destroy the agent."""
         if self._reception is not None:
             self._reception.stop()
+        self._threads.close()
         self._lender.close()
         with self._lock:
             self._heartbeat.close()

@@ -1,7 +1,7 @@
 """One push as an engine rank takes it in: the writers' last words, the check of what arrived, the vote.
 
-Runs on a thread of its own, so that nothing of it is in the engine's step loop. It never touches live memory, and what it does
-with the memory that it measures is to read it. Imports the transport and the ledger, never vLLM.
+Runs on a thread beside the engine's, so that nothing of it is in the engine's step loop. It never touches live memory, and what
+it does with the memory that it measures is to read it. Imports the transport and the ledger, never vLLM.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from weightsync.rendezvous.fencing import Fence, Notification
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.records import PushRecord, Vote
 from weightsync.telemetry import Stopwatch
+from weightsync.threads import KeptThreads
 from weightsync.transport import Agent
 from weightsync.waiting import Deadline
 
@@ -27,7 +28,7 @@ NOTIFICATION_POLL_S = 0.002
 
 
 class Reception:
-    """The thread of one push.
+    """One push, on one of `threads`.
 
     landing: measures the memory that writers were offered; names: its targets; fills: digests of what no writer touches of them.
     payload_bytes: what all writers together must have written.
@@ -43,6 +44,7 @@ class Reception:
         fence: Fence,
         agent: Agent,
         ledger: Ledger,
+        threads: KeptThreads,
         replica: str,
         rank: int,
         landing: TensorMeter,
@@ -68,16 +70,18 @@ class Reception:
         self._on_checked = on_checked
         self._prepare = prepare
         self._deadline = Deadline.at(ledger.deadline_to_monotonic(record.deadline_at))
+        self._threads = threads
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"receive-{record.push_id}", daemon=True)
+        self._ended: threading.Event | None = None
 
     def start(self) -> None:
-        self._thread.start()
+        self._ended = self._threads.run(self._run)
 
     def stop(self) -> None:
-        """End the thread; whatever it was about to vote does not count any more, the decision has fallen."""
+        """End it, once started; whatever it was about to vote does not count any more, the decision has fallen."""
         self._stopped.set()
-        self._thread.join()
+        if self._ended is not None:
+            self._ended.wait()
 
     @property
     def stopped(self) -> bool:

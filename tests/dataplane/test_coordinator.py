@@ -44,12 +44,14 @@ class Replica:
 
     def __init__(self, name: str, ledger: Ledger) -> None:
         self.name, self.behaviour = name, ""
+        self.told: list[PushRecord] = []
         self.released = threading.Event()
         replica = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 record = PushRecord.from_json(self.rfile.read(int(self.headers["content-length"])))
+                replica.told.append(record)
                 if replica.behaviour == "hang":
                     replica.released.wait(30)
                 if replica.behaviour == "slow":
@@ -181,6 +183,16 @@ def test_all_take_part_by_default(fleet: Fleet) -> None:
     assert fleet.writer.wrote_into == [list(NAMES)]
 
 
+def test_a_replica_is_told_of_itself_alone(fleet: Fleet) -> None:
+    """What a push says to each engine does not grow with the fleet, and the ledger's record names them all."""
+    summary = fleet.push()
+    whole = fleet.ledger.push(summary.push_id)
+    assert whole is not None and whole.members.keys() == set(NAMES)
+    for name, replica in fleet.replicas.items():
+        (told,) = replica.told
+        assert told == dataclasses.replace(whole, members={name: whole.members[name]})
+
+
 def test_staged_pushes_convert_while_bytes_travel_and_catch_ups_send_what_is_there(fleet: Fleet) -> None:
     """In place an engine is paused from the first byte on, and a tensor that is not finite must be found before it."""
     fleet.push()
@@ -223,7 +235,9 @@ def test_weights_that_cannot_be_sent_are_final_for_every_rank(fleet: Fleet, monk
 @pytest.mark.failure_mode(4)
 def test_a_final_word_is_heard_whichever_of_several_ranks_it_came_from() -> None:
     """A NaN in a block that ranks share is a fault of each: rank 0 accounts with one of them, and the others try no more."""
-    reports = [WriterReport(rank=rank, ok=False, final=True, reason=f"{rank} of 9 elements are wrong") for rank in (0, 1)]
+    reports = [
+        WriterReport(rank=rank, ok=False, final=True, reason=f"{rank} of 9 elements are wrong") for rank in (0, 1)
+    ]
     assert final_word(reports) == "trainer rank 0: 0 of 9 elements are wrong"
     assert was_final(final_word(reports), reports)
     assert was_final(final_word(reports[1:]), reports)

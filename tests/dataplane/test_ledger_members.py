@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import time
@@ -148,6 +149,29 @@ def test_status_is_stamped_by_the_ledgers_clock(ledger: Ledger) -> None:
     status = ledger.replica_statuses()["engine-0"]
     assert before <= status.updated_at <= ledger.now()
     assert (status.version, status.state, status.serving) == (2, "OPEN", True)
+
+
+def test_a_member_shows_its_status_by_the_call_that_renews_it(ledger: Ledger) -> None:
+    """One round trip a beat; without a status what was shown stays."""
+    before = ledger.now()
+    status = ReplicaStatus(name="engine-0", version=2, epoch=1, state="CLEAN", serving=False, reason="it's {late}")
+    joined = ledger.join(member(), 30, status)
+    (shown,) = ledger.replica_statuses().values()
+    assert before <= shown.updated_at <= ledger.now()
+    assert dataclasses.replace(shown, updated_at=0.0) == status
+    ledger.join(joined, 30)
+    assert ledger.replica_statuses() == {"engine-0": shown}
+
+
+def test_an_incarnation_that_was_replaced_shows_nothing(open_ledger: OpenLedger) -> None:
+    zombie, ledger = open_ledger(), open_ledger()
+    old = zombie.join(member(incarnation="old"), ttl_s=30)
+    ledger.join(
+        member(incarnation="new"), 30, ReplicaStatus(name="engine-0", version=2, epoch=1, state="CLEAN", serving=True)
+    )
+    with pytest.raises(FencedOut, match="was replaced by new"):
+        zombie.join(old, 30, ReplicaStatus(name="engine-0", version=1, epoch=1, state="DIRTY", serving=False))
+    assert ledger.replica_statuses()["engine-0"].version == 2
 
 
 @pytest.mark.failure_mode(46)

@@ -293,12 +293,14 @@ def test_the_clock_is_asked_again_after_a_fault_only(ledger: Ledger, redis_serve
     def asked() -> int:
         return redis_server.client().info("commandstats").get("cmdstat_time", {"calls": 0})["calls"]
 
+    assert ledger.known_moment(1000.0) is None
     first = ledger.deadline_to_monotonic(1000.0)
     before = asked()
-    assert ledger.deadline_to_monotonic(1000.0) == first
+    assert ledger.deadline_to_monotonic(1000.0) == ledger.known_moment(1000.0) == first
     assert asked() == before
     redis_server.restart(with_data=True)
     ledger.head()
     before = asked()
+    assert ledger.known_moment(1000.0) is None
     ledger.deadline_to_monotonic(1000.0)
     assert asked() == before + 1

@@ -17,6 +17,7 @@ from typing import Any, Self, TypeVar, cast
 
 import redis
 from redis.backoff import NoBackoff
+from redis.commands.core import Script
 from redis.connection import Connection
 from redis.exceptions import AuthorizationError, NoPermissionError, OutOfMemoryError
 from redis.retry import Retry
@@ -126,6 +127,7 @@ class LedgerConnection:
         self._retry_s = retry_s
         self._until: float | None = None
         self._shared = _Shared()
+        self._scripts: dict[str, Script] = {}
         self._client = redis.Redis(
             host=host,
             port=port,
@@ -240,9 +242,10 @@ class LedgerConnection:
 
     def _run(self, what: str, script: str, *args: str | float) -> Any:
         """Run a script of `scripts` on this session's keys."""
-        return self._call(
-            what, lambda client: client.register_script(script)(keys=[f"ws:{self.session}:"], args=list(args))
-        )
+        known = self._scripts.get(script)
+        if known is None:  # redis-py digests a script's text when it registers it
+            known = self._scripts[script] = self._client.register_script(script)
+        return self._call(what, lambda client: known(keys=[f"ws:{self.session}:"], args=list(args), client=client))
 
     def _run_witnessed(self, what: str, script: str, *args: str | float) -> Any:
         """Run a script that begins by raising the head to what this process knows."""
@@ -273,14 +276,24 @@ class LedgerConnection:
 
         With the ledger unreachable the last clock difference counts; raises LedgerUnavailable if there is none.
         """
-        age_s = time.monotonic() - self._shared.clock_read_at
-        if not 0.0 <= age_s <= min(CLOCK_GOOD_S, self.calm_s):
-            try:
-                self._read_clock()
-            except LedgerUnavailable:
-                if self._shared.clock_offset_s is None:
-                    raise
+        known = self.known_moment(deadline_at)
+        if known is not None:
+            return known
+        try:
+            self._read_clock()
+        except LedgerUnavailable:
+            if self._shared.clock_offset_s is None:
+                raise
         with self._shared.lock:
             offset_s = self._shared.clock_offset_s
         assert offset_s is not None  # read above, or by an earlier call
+        return deadline_at - offset_s
+
+    def known_moment(self, deadline_at: float) -> float | None:
+        """As `deadline_to_monotonic`, where the ledger need not be asked; None where it must be."""
+        with self._shared.lock:
+            now, offset_s = time.monotonic(), self._shared.clock_offset_s
+            age_s, calm_s = now - self._shared.clock_read_at, now - self._shared.last_fault
+        if offset_s is None or not 0.0 <= age_s <= min(CLOCK_GOOD_S, calm_s):
+            return None
         return deadline_at - offset_s

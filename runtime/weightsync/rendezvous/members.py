@@ -26,11 +26,11 @@ holder's interval between two beats, by which the living have renewed theirs."""
 class MemberLedger(LedgerConnection):
     """The part of the ledger that lists who takes part."""
 
-    def join(self, member: Member, ttl_s: float) -> Member:
+    def join(self, member: Member, ttl_s: float, status: ReplicaStatus | None = None) -> Member:
         """Enter or renew `member` for `ttl_s` seconds and re-assert what it holds; returns it with `joined_at` set.
 
-        Called again each third of the lease; an entry that vanished is made anew. `witness` knows the head from here on. Raises
-        FencedOut when a later incarnation of the replica has joined.
+        `status` is shown to the operator by the same call. Called again each third of the lease; an entry that vanished is made
+        anew. `witness` knows the head from here on. Raises FencedOut when a later incarnation of the replica has joined.
         """
         fields = dict(vars(member))
         joined_at = fields.pop("joined_at")
@@ -39,7 +39,8 @@ class MemberLedger(LedgerConnection):
                 known.with_committed(member.epoch, member.version), seen_epoch=max(known.seen_epoch, member.seen_epoch)
             )
         )
-        arguments = (member.replica, member.incarnation, joined_at, json.dumps(fields), round(ttl_s * 1000))
+        shown = "" if status is None else _unstamped(status)
+        arguments = (member.replica, member.incarnation, joined_at, json.dumps(fields), round(ttl_s * 1000), shown)
         outcome, value, *head = self._run_witnessed("join", scripts.JOIN, *arguments)
         if outcome == "REPLACED":
             raise FencedOut(
@@ -99,8 +100,7 @@ class MemberLedger(LedgerConnection):
 
     def publish_replica_status(self, status: ReplicaStatus) -> None:
         """Show a replica's state to the operator, stamped with the ledger's clock."""
-        fields = {name: value for name, value in vars(status).items() if name != "updated_at"}
-        self._run("publish status", scripts.PUBLISH_STATUS, status.name, json.dumps(fields))
+        self._run("publish status", scripts.PUBLISH_STATUS, status.name, _unstamped(status))
 
     def replica_statuses(self) -> dict[str, ReplicaStatus]:
         """The last status of each replica, by name."""
@@ -118,3 +118,8 @@ class MemberLedger(LedgerConnection):
             return members, {name: lease for name, lease in zip(members, leases, strict=True) if lease is not None}
 
         return self._call("read members", read)
+
+
+def _unstamped(status: ReplicaStatus) -> str:
+    """As JSON, without the time that the ledger adds by its own clock."""
+    return json.dumps({name: value for name, value in vars(status).items() if name != "updated_at"})

@@ -7,7 +7,7 @@ what the caller has witnessed, so that a ledger that came back empty never turns
 
 from __future__ import annotations
 
-_PRELUDE = """
+_HELPERS = """
 local prefix = KEYS[1]
 local head = prefix .. 'head'
 
@@ -19,7 +19,11 @@ local function now()
 end
 
 local function text(seconds) return string.format('%.6f', seconds) end
+"""
 
+_PRELUDE = (
+    _HELPERS
+    + """
 -- ARGV[1..5]: what the caller knows: committed epoch and version, newest epoch, highest version and attempt tried.
 local function raise_head()
   local epoch, version = tonumber(ARGV[1]), tonumber(ARGV[2])
@@ -32,6 +36,7 @@ local function raise_head()
 end
 raise_head()
 """
+)
 
 _HEAD_REPLY = """
 return {get('epoch'), get('version'), get('version_epoch'), get('published')}
@@ -196,10 +201,20 @@ redis.call('EXPIRE', key .. ':told', ARGV[4])
 return 1
 """
 
+_SHOW = """
+-- A replica's status, JSON without updated_at, for the operator.
+local function show(replica, status)
+  local stamped = string.gsub(status, '}$', ',"updated_at":' .. text(now()) .. '}')
+  return redis.call('HSET', prefix .. 'replicas', replica, stamped)
+end
+"""
+
 JOIN = (
     _PRELUDE
+    + _SHOW
     + """
--- ARGV[6..10]: replica, incarnation, joined_at (0: first join), member's JSON without joined_at, lease in milliseconds.
+-- ARGV[6..11]: replica, incarnation, joined_at (0: first join), member's JSON without joined_at, lease in milliseconds, and
+-- the status to show, or nothing.
 local joined_at = tonumber(ARGV[8])
 local known = redis.call('HGET', prefix .. 'members', ARGV[6])
 if known then
@@ -212,16 +227,19 @@ if joined_at == 0 then joined_at = now() end
 local member = string.gsub(ARGV[9], '}$', ',"joined_at":' .. text(joined_at) .. '}')
 redis.call('HSET', prefix .. 'members', ARGV[6], member)
 redis.call('SET', prefix .. 'lease:replica:' .. ARGV[6], ARGV[7], 'PX', ARGV[10])
+if ARGV[11] ~= '' then show(ARGV[6], ARGV[11]) end
 return {'OK', text(joined_at), get('epoch'), get('version'), get('version_epoch'), get('published')}
 """
 )
 
-PUBLISH_STATUS = """
--- ARGV: replica, its status's JSON without updated_at.
-local t = redis.call('TIME')
-local updated_at = string.format('%.6f', tonumber(t[1]) + tonumber(t[2]) / 1e6)
-return redis.call('HSET', KEYS[1] .. 'replicas', ARGV[1], (string.gsub(ARGV[2], '}$', ',"updated_at":' .. updated_at .. '}')))
+PUBLISH_STATUS = (
+    _HELPERS
+    + _SHOW
+    + """
+-- ARGV: replica, its status.
+return show(ARGV[1], ARGV[2])
 """
+)
 
 LEAVE = """
 -- ARGV: replica, incarnation.

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from weightsync.errors import TransportError
 from weightsync.telemetry import Transports
+from weightsync.threads import KeptThreads
 from weightsync.transport.ucx import UcxLog
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class Agent:
         self._registrations: dict[int, object] = {}
         self._numbers = itertools.count()
         self._memory_types: set[str] = set()
+        self._threads = KeptThreads("weightsync-send")
         if BACKEND not in self._agent.backends:
             raise TransportError(f"NIXL has no {BACKEND} backend; it offers {sorted(self._agent.plugin_list)}")
 
@@ -172,19 +174,19 @@ class Agent:
             while not done.wait(SEND_POLL_S):
                 self.notifications()
 
-        thread = threading.Thread(target=poll, name="weightsync-send", daemon=True)
-        thread.start()
+        ended = self._threads.run(poll)
         try:
             yield
         finally:
             done.set()
-            thread.join()
+            ended.wait()
 
     def close(self) -> None:
         """Deregister and destroy the agent: over tcp, peers can reach nothing of ours from here on."""
         for registration in self._registrations.values():
             self._agent.deregister_memory(registration)
         self._registrations.clear()
+        self._threads.close()
         del self._agent
 
     def __enter__(self) -> Self:

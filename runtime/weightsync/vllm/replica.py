@@ -133,7 +133,7 @@ class Replica:
         """
         started = time.monotonic()
         self._require_offered()
-        deadline = Deadline.at(await asyncio.to_thread(self._ledger.deadline_to_monotonic, record.deadline_at))
+        deadline = await self._deadline(record)
         if record.source and self._busy.locked():  # queued, it would stand before the next push
             raise FencedOut(f"repair {record.push_id}: a push is open on {self.name}")
         await self._supersede(record)
@@ -189,6 +189,13 @@ class Replica:
             raise FencedOut(f"{self.name} is ending: it takes part in no push")
         if not self.view.ranks:
             raise FencedOut(f"{self.name} is starting: its memory is not offered yet")
+
+    async def _deadline(self, record: PushRecord) -> Deadline:
+        """Of the push, by this process's clock; a thread waits where the ledger has to be asked for its own."""
+        moment = self._ledger.known_moment(record.deadline_at)
+        if moment is None:
+            moment = await asyncio.to_thread(self._ledger.deadline_to_monotonic, record.deadline_at)
+        return Deadline.at(moment)
 
     @property
     def _staged(self) -> bool:
@@ -340,24 +347,28 @@ class Replica:
     def _beat(self) -> None:
         """Renew the membership, learn the committed version, tell the operator. On the heartbeat's thread."""
         ledger = self._ledger.until(time.monotonic() + LEASE_S / 3)
-        self._joined_at = ledger.join(self.member(), LEASE_S).joined_at
+        told = self._status()
+        self._joined_at = ledger.join(self.member(), LEASE_S, told).joined_at
         head, current = ledger.witness.version, self._current
         if current is None or current.version != head:  # else `_conclude` takes it up, with what the ranks hold of it
             self._note_committed(head)
-        refusal = self.refusal()
-        ledger.publish_replica_status(
-            ReplicaStatus(
-                name=self.name,
-                version=self.view.version,
-                epoch=self.view.epoch,
-                state=self.view.state,
-                serving=not refusal,
-                reason=refusal,
-                digest=self.view.digest,
-                lends=self.view.lends,
-                direct_bytes=self.view.direct_bytes,
-                replayed_bytes=self.view.replayed_bytes,
-            )
+        if (status := self._status()) != told:  # what was committed changes whether it may serve
+            ledger.publish_replica_status(status)
+
+    def _status(self) -> ReplicaStatus:
+        """This replica as it is now, for the operator."""
+        view, refusal = self.view, self.refusal()
+        return ReplicaStatus(
+            name=self.name,
+            version=view.version,
+            epoch=view.epoch,
+            state=view.state,
+            serving=not refusal,
+            reason=refusal,
+            digest=view.digest,
+            lends=view.lends,
+            direct_bytes=view.direct_bytes,
+            replayed_bytes=view.replayed_bytes,
         )
 
     def member(self) -> Member:

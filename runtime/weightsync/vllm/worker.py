@@ -144,7 +144,7 @@ class WorkerExtension:
 
 
 def _answer(description: Any) -> str:
-    return json.dumps(dataclasses.asdict(description))
+    return json.dumps(vars(description))
 
 
 def _guarded(call: Any) -> str:
