@@ -83,11 +83,15 @@ def main() -> None:
     head = {"about": about(), "limit_seconds": LIMIT_S}
     if options.against is not None:
         report = {**head, **compare(options)}
-        save("control-turns", report, options.out)
+        save(f"{file_name(options)}-turns", report, options.out)
     else:
         report = {**head, **measure(options)}
-        save("control" if options.ranks == 1 else "control-ranks", report, options.out)
+        save(file_name(options), report, options.out)
     show(report)
+
+
+def file_name(options: argparse.Namespace) -> str:
+    return "control" if options.ranks == 1 else "control-ranks"
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
@@ -114,7 +118,7 @@ def turn(options: argparse.Namespace, checkout: Path) -> dict[str, Any]:
         command = [sys.executable, "-m", "bench.control", *map(str, sizes), "--out", name]
         paths = [checkout.resolve() / "runtime", checkout.resolve() / "operator", Path.cwd()]
         subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}, check=True)
-        report = json.loads((Path(name) / "control.json").read_text())
+        report = json.loads((Path(name) / f"{file_name(options)}.json").read_text())
     return {name: value for name, value in report.items() if name not in ("about", "limit_seconds")}
 
 
