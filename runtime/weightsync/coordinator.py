@@ -229,7 +229,7 @@ class Coordinator:
         answers = queue.SimpleQueue[tuple[str, concurrent.futures.Future[str | None]]]()
         waiting, opened = set(participants.left), set[str]()
         for name, member in participants.left.items():
-            asked = self._pool.submit(self._open_one, record, member, deadline)
+            asked = self._pool.submit(self._open_one, record.told_to(name).to_json(), member, deadline)
             asked.add_done_callback(partial(_put, answers, name))
         patience = deadline
         next_look = Deadline(LEASE_LOOK_S)
@@ -248,9 +248,9 @@ class Coordinator:
                 participants.drop(dict.fromkeys(waiting, f"had not opened after {patience.timeout_s:.1f} s"))
                 break
 
-    def _open_one(self, record: PushRecord, member: Member, deadline: Deadline) -> str | None:
-        """None when the replica has opened for the push, else why not."""
-        body, timeout_s = record.told_to(member).to_json(), max(deadline.left_s, 0.1)
+    def _open_one(self, body: str, member: Member, deadline: Deadline) -> str | None:
+        """None when the replica has opened for the push record in `body`, else why not."""
+        timeout_s = max(deadline.left_s, 0.1)
         try:
             answer = self._endpoints.post(member.url, "/weightsync/v1/push", body, timeout_s=timeout_s)
         except (OSError, http.client.HTTPException) as error:

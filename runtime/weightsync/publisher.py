@@ -91,6 +91,10 @@ class PushReport:
     replicas: tuple[str, ...]
 
 
+class _Ended(PushAborted):
+    """Rank 0 has left this push: no attempt of another rank would meet it."""
+
+
 class Publisher:
     """One trainer rank's end of a session; a context manager."""
 
@@ -134,6 +138,8 @@ class Publisher:
         self._coordinator = self._make_coordinator()
         self._held: PushSummary | None = None
         self._sequence = 0
+        self._calls = self._ended = self._told = 0
+        """Calls of `push` that were begun, that were ended, and of how many ended ones the other ranks know from rank 0."""
         self._keeper = threading.Thread(target=self._keep_current, name="weightsync-keeper", daemon=True)
         self._keeper.start()
 
@@ -151,12 +157,14 @@ class Publisher:
         """
         with self._lock:
             self._held = None
+            self._calls += 1
             try:
                 self._held = self._push_until_committed(step)
             except ConversionError:
                 self._metrics.failed()
                 raise
             finally:
+                self._ended = self._calls
                 self._writer.settle()
             watch = self._watch if self._coordinator is None else self._coordinator.watch
             self._metrics.committed(self._held, watch.spans, transports_in_use())
@@ -177,7 +185,7 @@ class Publisher:
                 except (PushAborted, TransportError, DeadlineExceeded) as error:
                     self._metrics.failed()
                     logger.warning("attempt %d of %d to push step %d: %s", attempt, ATTEMPTS, step, error)
-                    if attempt == ATTEMPTS:
+                    if attempt == ATTEMPTS or isinstance(error, _Ended):
                         raise
                     # All ranks alike: none may wait for rank 0's pause.
                     time.sleep(ATTEMPT_PAUSE_S * 2 ** (attempt - 1))
@@ -333,10 +341,14 @@ class Publisher:
         return summary
 
     def _take_next(self) -> PushRecord | None:
-        """The coordinator's newest push, once; raises PushAborted when rank 0 is gone."""
+        """The coordinator's newest push, once; raises PushAborted when rank 0 is gone, or will begin none for this call."""
         newest = self._newest()
         if newest is None:
             self._fail_without_coordinator()
+            ended = self._ledger.ended_calls(self._epoch)
+            if ended >= self._calls:
+                self._calls = ended  # also where this rank has left a call out: the next one is the same to both
+                raise _Ended("rank 0 has ended its push: it tells why")
             return None
         self._sequence, record = newest
         return record
@@ -360,9 +372,10 @@ class Publisher:
         self._ledger.report_writer(record.push_id, report)
 
     def _keep_current(self) -> None:
-        """Thread: bring late replicas up to what the arenas hold, whenever no push is under way."""
+        """Thread: bring late replicas up to what the arenas hold, whenever no push is under way; tell of pushes that have ended."""
         look_s = LATE_LOOK_S if self._coordinator is not None else FOLLOW_LOOK_S
         while not self._closing.wait(look_s):
+            self._tell_ended()
             if self._held is None or not self._lock.acquire(blocking=False):
                 continue
             try:
@@ -374,6 +387,15 @@ class Publisher:
                 logger.warning("late replicas were not brought up to date, trying again: %s", error)
             finally:
                 self._lock.release()
+
+    def _tell_ended(self) -> None:
+        """Have no rank wait for rank 0, which may have given a push up because there was no ledger to tell it to."""
+        ended = self._ended
+        if self._rank != 0 or self._world_size == 1 or ended == self._told:
+            return
+        with suppress(LedgerUnavailable):  # at the next look, then
+            self._ledger.until(time.monotonic()).tell_ended_calls(self._epoch, ended)
+            self._told = ended
 
     def _catch_up(self) -> None:
         held = self._held

@@ -66,6 +66,10 @@ class Keys:
         """String: push id that the ranks of `epoch` take part in, with the trainer's own count of its pushes."""
         return f"{self.prefix}current:{epoch}"
 
+    def ended_calls(self, epoch: int) -> str:
+        """String: how many calls of `push` the first rank of `epoch` has ended, however they ended."""
+        return f"{self.prefix}ended:{epoch}"
+
     def repair(self, replica: str) -> str:
         """String with a TTL: who brings this replica to the committed version, JSON `weightsync.rendezvous.repairs.Claim`."""
         return f"{self.prefix}repair:{replica}"

@@ -173,6 +173,15 @@ class PushLedger(LedgerConnection):
         sequence, push_id = str(text).split(" ")
         return int(sequence), push_id
 
+    def tell_ended_calls(self, epoch: int, calls: int) -> None:
+        """The first rank has ended so many calls of `push`: it begins nothing more for them."""
+        key = Keys(self.session).ended_calls(epoch)
+        self._call("tell ended calls", lambda client: client.set(key, calls, ex=PUSH_TTL_S))
+
+    def ended_calls(self, epoch: int) -> int:
+        """What the first rank of `epoch` told last; 0 before."""
+        return int(self._call("ended calls", lambda client: client.get(Keys(self.session).ended_calls(epoch))) or 0)  # type: ignore[arg-type]
+
     def report_writer(self, push_id: str, report: WriterReport) -> bool:
         """Record that a trainer rank's handles are all terminal. False when the ledger does not know the push."""
         return self._add_to_push(push_id, f"writer:{report.rank}", report.to_json())

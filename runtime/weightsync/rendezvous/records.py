@@ -101,11 +101,9 @@ class PushRecord(JsonRecord):
     def order(self) -> tuple[int, int]:
         return (self.epoch, self.version)
 
-    def told_to(self, member: Member) -> PushRecord:
-        """The part that concerns one replica: a fleet's names and incarnations are nothing that each of its engines needs."""
-        plans = {layout: self.plan_digests[layout] for layout in member.layout_digests if layout in self.plan_digests}
-        mine = {name: word for name, word in self.members.items() if name == member.replica}
-        return dataclasses.replace(self, members=mine, plan_digests=plans)
+    def told_to(self, replica: str) -> PushRecord:
+        """The part that concerns one replica: none needs the names and incarnations of a whole fleet."""
+        return dataclasses.replace(self, members={replica: self.members[replica]})
 
     def writers_into(self, rank: int) -> frozenset[int]:
         """Who writes into rank `rank` of a replica: every rank of a trainer; in a repair, the lender's rank of that number."""
