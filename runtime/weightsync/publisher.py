@@ -91,7 +91,7 @@ class PushReport:
     replicas: tuple[str, ...]
 
 
-class _Ended(PushAborted):
+class _Ended(Exception):
     """Rank 0 has left this push: no attempt of another rank would meet it."""
 
 
@@ -182,10 +182,13 @@ class Publisher:
                         raise
                     logger.warning("step %d waits, %.0f s at most: %s", step, outage.left_s, error)
                     time.sleep(OUTAGE_PAUSE_S)
+                except _Ended:
+                    self._metrics.failed()
+                    raise PushAborted(f"rank 0 has ended its push of step {step}: it tells why") from None
                 except (PushAborted, TransportError, DeadlineExceeded) as error:
                     self._metrics.failed()
                     logger.warning("attempt %d of %d to push step %d: %s", attempt, ATTEMPTS, step, error)
-                    if attempt == ATTEMPTS or isinstance(error, _Ended):
+                    if attempt == ATTEMPTS:
                         raise
                     # All ranks alike: none may wait for rank 0's pause.
                     time.sleep(ATTEMPT_PAUSE_S * 2 ** (attempt - 1))
@@ -341,14 +344,14 @@ class Publisher:
         return summary
 
     def _take_next(self) -> PushRecord | None:
-        """The coordinator's newest push, once; raises PushAborted when rank 0 is gone, or will begin none for this call."""
+        """The coordinator's newest push, once; raises PushAborted when rank 0 is gone, _Ended when it begins none for this call."""
         newest = self._newest()
         if newest is None:
             self._fail_without_coordinator()
             ended = self._ledger.ended_calls(self._epoch)
             if ended >= self._calls:
                 self._calls = ended  # also where this rank has left a call out: the next one is the same to both
-                raise _Ended("rank 0 has ended its push: it tells why")
+                raise _Ended
             return None
         self._sequence, record = newest
         return record
