@@ -81,7 +81,7 @@ class Coordinator:
         self._endpoints = Endpoints(token=contract.endpoint_token())
         self._pool = concurrent.futures.ThreadPoolExecutor(OPEN_WORKERS, thread_name_prefix="weightsync-open")
 
-    def push(self, *, step: int, sequence: int) -> PushSummary:
+    def push(self, *, step: int, sequence: int, call: int) -> PushSummary:
         """Convert and push the model's present weights as the next version.
 
         Raises PushAborted with the reason, FencedOut when superseded, ConversionError naming a tensor of this rank.
@@ -89,7 +89,7 @@ class Coordinator:
         deadline = Deadline(self._contract.transfer.timeout_seconds)
         with self._ledger.bounded(deadline.moment):
             members = self._wait_members(deadline)
-            return self._run(step, sequence, members, deadline, catch_up=0)
+            return self._run(step, sequence, members, deadline, catch_up=0, call=call)
 
     def catch_up(self, *, version: int, sequence: int, step: int) -> PushSummary | None:
         """Bring the replicas that are torn or behind to `version`, which the arenas still hold; None when all are current.
@@ -109,7 +109,7 @@ class Coordinator:
         deadline = Deadline(self._contract.transfer.timeout_seconds)
         with self._ledger.bounded(deadline.moment), ExitStack() as claimed:
             ours = {name: member for name, member in late.items() if self._claim(name, deadline, claimed)}
-            return self._run(step, sequence, ours, deadline, catch_up=version) if ours else None
+            return self._run(step, sequence, ours, deadline, catch_up=version, call=0) if ours else None
 
     def _claim(self, replica: str, deadline: Deadline, claimed: ExitStack) -> bool:
         """Take on a replica until `claimed` closes; False when a peer has."""
@@ -134,6 +134,7 @@ class Coordinator:
         deadline: Deadline,
         *,
         catch_up: int,
+        call: int,
     ) -> PushSummary:
         started = time.monotonic()
         phases = self.watch = Stopwatch()
@@ -152,6 +153,7 @@ class Coordinator:
                 catch_up=catch_up > 0,
                 floor_version=catch_up or max(member.version for member in members.values()),
                 verify=self._contract.transfer.verify,
+                call=call,
             )
         votes: dict[tuple[str, int], Vote] = {}
         progress = PushProgress(self._ledger, record.push_id)

@@ -21,6 +21,7 @@ import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, Self, TypeVar
 
 import torch
@@ -92,7 +93,7 @@ class PushReport:
 
 
 class _Ended(Exception):
-    """Rank 0 has left this push: no attempt of another rank would meet it."""
+    """Rank 0 has left this call of `push`: no attempt of another rank would meet it."""
 
 
 class Publisher:
@@ -138,8 +139,12 @@ class Publisher:
         self._coordinator = self._make_coordinator()
         self._held: PushSummary | None = None
         self._sequence = 0
-        self._calls = self._ended = self._told = 0
-        """Calls of `push` that were begun, that were ended, and of how many ended ones the other ranks know from rank 0."""
+        self._calls = 0
+        """Of `push`; each rank takes over rank 0's count with what it pushes."""
+        self._ended = (0, 0)
+        """Number and step of the last call that is over."""
+        self._followed: PushRecord | None = None
+        """The last push that this rank took part in for the present call."""
         self._keeper = threading.Thread(target=self._keep_current, name="weightsync-keeper", daemon=True)
         self._keeper.start()
 
@@ -156,7 +161,7 @@ class Publisher:
         process), and ConversionError naming a tensor of any rank with an infinity or NaN: no engine serves it.
         """
         with self._lock:
-            self._held = None
+            self._held = self._followed = None
             self._calls += 1
             try:
                 self._held = self._push_until_committed(step)
@@ -164,7 +169,7 @@ class Publisher:
                 self._metrics.failed()
                 raise
             finally:
-                self._ended = self._calls
+                self._ended = (self._calls, step)
                 self._writer.settle()
             watch = self._watch if self._coordinator is None else self._coordinator.watch
             self._metrics.committed(self._held, watch.spans, transports_in_use())
@@ -183,8 +188,7 @@ class Publisher:
                     logger.warning("step %d waits, %.0f s at most: %s", step, outage.left_s, error)
                     time.sleep(OUTAGE_PAUSE_S)
                 except _Ended:
-                    self._metrics.failed()
-                    raise PushAborted(f"rank 0 has ended its push of step {step}: it tells why") from None
+                    return self._what_became(step)
                 except (PushAborted, TransportError, DeadlineExceeded) as error:
                     self._metrics.failed()
                     logger.warning("attempt %d of %d to push step %d: %s", attempt, ATTEMPTS, step, error)
@@ -195,10 +199,22 @@ class Publisher:
                     break
         raise AssertionError("the last attempt returns or raises")
 
+    def _what_became(self, step: int) -> PushSummary:
+        """The push that this rank took part in last, rank 0 having left this call. Raises PushAborted unless it was committed."""
+        record = self._followed
+        if record is not None:
+            verdict = self._ledger.decision(record.push_id)
+            if verdict is not None and verdict.decision is Decision.COMMIT:
+                return self._ledger.summary(record.push_id) or unaccounted(record, verdict)
+            self._raise_final(record)
+        self._metrics.failed()
+        raise PushAborted(f"rank 0 has ended its push of step {step} without this rank; it tells why")
+
     def close(self) -> None:
         """Leave the session; engines keep what they hold."""
         self._closing.set()
         self._keeper.join()
+        self._tell_ended()
         with self._lock:
             self._lease.close()
             self._writer.close()
@@ -220,7 +236,7 @@ class Publisher:
             if self._coordinator is None:
                 return self._follow_push(step)
             self._sequence += 1
-            return self._coordinator.push(step=step, sequence=self._sequence)
+            return self._coordinator.push(step=step, sequence=self._sequence, call=self._calls)
         except Exception:
             self._scales.forget()
             raise
@@ -231,7 +247,9 @@ class Publisher:
         while True:
             with self._ledger.bounded(patience.moment):
                 record = wait_until(
-                    self._take_next, deadline=patience, what=f"rank 0 has not begun the push of step {step}"
+                    partial(self._take_next, step),
+                    deadline=patience,
+                    what=f"rank 0 has not begun the push of step {step}",
                 )
             if not record.catch_up:
                 break
@@ -241,6 +259,7 @@ class Publisher:
             raise PushAborted(
                 f"rank {self._rank} pushes step {step}, rank 0 pushes step {record.step}: call push() alike on all ranks"
             )
+        self._calls, self._followed = record.call, record
         return self._follow(record)
 
     def _follow(self, record: PushRecord) -> PushSummary:
@@ -343,22 +362,21 @@ class Publisher:
             raise PushAborted(f"version {record.version} (push {record.push_id}): {summary.reason}")
         return summary
 
-    def _take_next(self) -> PushRecord | None:
+    def _take_next(self, step: int) -> PushRecord | None:
         """The coordinator's newest push, once; raises PushAborted when rank 0 is gone, _Ended when it begins none for this call."""
-        newest = self._newest()
+        lead = self._ledger.lead(self._epoch)
+        newest = self._newest(lead.current)
+        over = lead.ended_call >= self._calls and lead.ended_step == step
+        if over and (newest is None or newest[1].step != step):  # else what is newest was of this call: how did it end?
+            raise _Ended
         if newest is None:
             self._fail_without_coordinator()
-            ended = self._ledger.ended_calls(self._epoch)
-            if ended >= self._calls:
-                self._calls = ended  # also where this rank has left a call out: the next one is the same to both
-                raise _Ended
             return None
         self._sequence, record = newest
         return record
 
-    def _newest(self) -> tuple[int, PushRecord] | None:
+    def _newest(self, current: tuple[int, str] | None) -> tuple[int, PushRecord] | None:
         """The coordinator's newest push, unless this rank has taken it up already."""
-        current = self._ledger.current_push(self._epoch)
         if current is None or current[0] <= self._sequence:
             return None
         sequence, push_id = current
@@ -376,29 +394,33 @@ class Publisher:
 
     def _keep_current(self) -> None:
         """Thread: bring late replicas up to what the arenas hold, whenever no push is under way; tell of pushes that have ended."""
-        look_s = LATE_LOOK_S if self._coordinator is not None else FOLLOW_LOOK_S
+        look_s, fenced = LATE_LOOK_S if self._coordinator is not None else FOLLOW_LOOK_S, False
         while not self._closing.wait(look_s):
-            self._tell_ended()
-            if self._held is None or not self._lock.acquire(blocking=False):
-                continue
             try:
-                self._catch_up()
+                self._tell_ended()
+                if self._held is None or fenced or not self._lock.acquire(blocking=False):
+                    continue
+                try:
+                    self._catch_up()
+                finally:
+                    self._lock.release()
             except FencedOut as error:
                 logger.error("catching up ends: %s", error)
-                return
+                fenced = True
             except WeightSyncError as error:
                 logger.warning("late replicas were not brought up to date, trying again: %s", error)
-            finally:
-                self._lock.release()
+            except Exception:  # a bug must not leave replicas late, and ranks waiting, for good
+                logger.exception("late replicas were not brought up to date, trying again")
 
     def _tell_ended(self) -> None:
-        """Have no rank wait for rank 0, which may have given a push up because there was no ledger to tell it to."""
-        ended = self._ended
-        if self._rank != 0 or self._world_size == 1 or ended == self._told:
-            return
-        with suppress(LedgerUnavailable):  # at the next look, then
-            self._ledger.until(time.monotonic()).tell_ended_calls(self._epoch, ended)
-            self._told = ended
+        """Have no rank wait for rank 0, which may have given a push up because there was no ledger to tell it to.
+
+        Told again at each look, since a ledger may lose it.
+        """
+        call, step = self._ended
+        if self._rank == 0 and self._world_size > 1 and call > 0:
+            with suppress(LedgerUnavailable):  # at the next look, then
+                self._ledger.until(time.monotonic()).tell_ended(self._epoch, call, step)
 
     def _catch_up(self) -> None:
         held = self._held
@@ -408,7 +430,7 @@ class Publisher:
             self._sequence += 1  # also for one that is aborted: the other ranks take no number twice
             self._coordinator.catch_up(version=held.version, sequence=self._sequence, step=held.step)
             return
-        newest = self._newest()
+        newest = self._newest(self._ledger.current_push(self._epoch))
         if newest is not None and newest[1].catch_up and newest[1].version == held.version:
             self._sequence, record = newest
             self._follow(record)

@@ -51,7 +51,7 @@ class KeptThreads:
             work, ended = task
             try:
                 work()
-            except Exception:
+            except BaseException:  # also an exit that a library asks for: whoever waits for the work must hear that it is over
                 logger.exception("work on %s failed", threading.current_thread().name)
             with self._lock:
                 closed = self._closed

@@ -66,8 +66,8 @@ class Keys:
         """String: push id that the ranks of `epoch` take part in, with the trainer's own count of its pushes."""
         return f"{self.prefix}current:{epoch}"
 
-    def ended_calls(self, epoch: int) -> str:
-        """String: how many calls of `push` the first rank of `epoch` has ended, however they ended."""
+    def ended_call(self, epoch: int) -> str:
+        """String: number and step of the last call of `push` that the first rank of `epoch` has ended, however it ended."""
         return f"{self.prefix}ended:{epoch}"
 
     def repair(self, replica: str) -> str:

@@ -157,7 +157,7 @@ class Fleet:
                 exchange=ScaleExchange(None, 0, 1),
             )
         )
-        return self._made[-1].push(step=1, sequence=len(self._made))
+        return self._made[-1].push(step=1, sequence=len(self._made), call=len(self._made))
 
     @property
     def last(self) -> Coordinator:

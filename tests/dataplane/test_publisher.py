@@ -10,10 +10,14 @@ from typing import Any
 
 import pytest
 
+from tests.dataplane.ledger_makers import begin
 from tests.fixtures.servers import RedisServer
 from weightsync.errors import LedgerUnavailable, PushAborted
 from weightsync.publisher import Publisher
 from weightsync.rendezvous.ledger import Ledger
+from weightsync.rendezvous.records import PushRecord
+from weightsync.telemetry import Stopwatch
+from weightsync.wire import Decision
 
 
 class RefusedOnce:
@@ -26,7 +30,7 @@ class RefusedOnce:
         self.sequences.append(sequence)
         raise PushAborted("the engine holds it already")
 
-    def push(self, *, step: int, sequence: int) -> Any:
+    def push(self, *, step: int, sequence: int, call: int) -> Any:
         self.sequences.append(sequence)
         return SimpleNamespace(version=4, step=step)
 
@@ -36,7 +40,7 @@ def test_a_push_after_an_aborted_catch_up_is_a_new_one_to_the_other_ranks() -> N
     """With the number of the catch-up they take it for the one that they have seen, and wait for their deadline."""
     publisher: Any = Publisher.__new__(Publisher)
     publisher._coordinator = coordinator = RefusedOnce()
-    publisher._held, publisher._sequence = SimpleNamespace(version=3, step=1), 5
+    publisher._held, publisher._sequence, publisher._calls = SimpleNamespace(version=3, step=1), 5, 1
     with pytest.raises(PushAborted):
         publisher._catch_up()
     publisher._push_once(2)
@@ -46,56 +50,114 @@ def test_a_push_after_an_aborted_catch_up_is_a_new_one_to_the_other_ranks() -> N
 class Away:
     """A coordinator that found no ledger for longer than a push takes."""
 
-    def push(self, *, step: int, sequence: int) -> Any:
+    def push(self, *, step: int, sequence: int, call: int) -> Any:
         raise LedgerUnavailable("Redis is away")
 
 
-def made_without_parts(ledger: Ledger, *, rank: int, timeout_s: float) -> Any:
-    """A publisher of a gang of two whose epoch is 1; rank 0's pushes fail."""
+def made_without_parts(ledger: Ledger, *, rank: int, timeout_s: float = 5.0) -> Any:
+    """A publisher of a gang of two whose epoch is 1. Rank 0's pushes fail; rank 1 takes part in one by returning its record."""
     publisher: Any = Publisher.__new__(Publisher)
     publisher._rank, publisher._world_size, publisher._epoch = rank, 2, 1
     publisher._coordinator = Away() if rank == 0 else None
     publisher._contract = SimpleNamespace(transfer=SimpleNamespace(timeout_seconds=timeout_s))
-    publisher._ledger, publisher._lock = ledger, threading.Lock()
-    publisher._sequence = publisher._calls = publisher._ended = publisher._told = 0
+    publisher._ledger, publisher._lock, publisher._closing = ledger, threading.Lock(), threading.Event()
+    publisher._sequence = publisher._calls = 0
+    publisher._ended, publisher._held, publisher._followed = (0, 0), None, None
     publisher._writer = SimpleNamespace(settle=lambda: None)
     publisher._scales, publisher._metrics = SimpleNamespace(forget=lambda: None), SimpleNamespace(failed=lambda: None)
+    publisher._follow = lambda record: record
     return publisher
+
+
+@pytest.fixture
+def gang(ledger: Ledger) -> Ledger:
+    """A ledger in whose epoch 1 rank 0 lives."""
+    ledger.open_epoch(1)
+    ledger.hold_writer_lease(1, 0, 60.0)
+    return ledger
 
 
 @pytest.mark.failure_mode(22)
 def test_a_push_that_rank_0_gave_up_without_a_ledger_is_waited_for_by_no_other_rank(
     redis_server: RedisServer, open_ledger: Callable[..., Ledger]
 ) -> None:
-    """Rank 0 tells as soon as there is a ledger again. Untold, the others waited for it to begin in each of their four attempts;
-    the kill matrix showed it (Redis stopped in verify: 50 s, where a push takes 6 s at most).
+    """Rank 0's keeper tells as soon as there is a ledger again. Untold, the others waited for it to begin in each of their four
+    attempts; the kill matrix showed it (Redis stopped in verify: 50 s, where a push takes 6 s at most).
     """
-    lead = made_without_parts(open_ledger(retry_s=0.1), rank=0, timeout_s=0.0)
-    other = made_without_parts(open_ledger(), rank=1, timeout_s=5.0)
+    lead, other = made_without_parts(open_ledger(retry_s=0.1), rank=0, timeout_s=0.0), made_without_parts(open_ledger(), rank=1)
+    keeper = threading.Thread(target=lead._keep_current)
     redis_server.kill()
     with pytest.raises(LedgerUnavailable):
         lead.push(step=7)
-    lead._tell_ended()
+    keeper.start()
     redis_server.start()
     other._ledger.hold_writer_lease(1, 0, 60.0)
+    try:
+        began = time.monotonic()
+        with pytest.raises(PushAborted, match="rank 0 has ended its push of step 7"):
+            other.push(step=7)
+        assert time.monotonic() - began < 4.0
+    finally:
+        lead._closing.set()
+        keeper.join()
+    other._calls += 1
+    assert other._take_next(7) is None  # the next one may begin yet, also for the same step
+
+
+def test_a_rank_joins_a_later_call_of_rank_0_for_its_step_and_counts_on_from_there(gang: Ledger) -> None:
+    """Rank 0 gave up and tried again while this one was still in its call. With a count of its own it would find its next call
+    over before it began.
+    """
+    other = made_without_parts(gang, rank=1)
+    gang.tell_ended(1, 1, 7)
+    joined = begin(gang, 1, sequence=4, step=7, call=2)
     other._calls = 1
-    assert other._take_next() is None  # rank 0 could not tell
-    other._calls = 0
-    lead._tell_ended()
-    began = time.monotonic()
-    with pytest.raises(PushAborted, match="rank 0 has ended its push"):
-        other.push(step=7)
-    assert time.monotonic() - began < 4.0
+    assert other._follow_push(7) == joined
+    gang.tell_ended(1, 2, 7)
     other._calls += 1
-    assert other._take_next() is None  # the next push may begin yet
+    assert other._take_next(8) is None
+    assert other._take_next(7) is None
 
 
-def test_a_rank_that_left_a_call_out_is_refused_once(redis_server: RedisServer, open_ledger: Callable[..., Ledger]) -> None:
-    ledger = open_ledger()
-    ledger.hold_writer_lease(1, 0, 60.0)
-    ledger.tell_ended_calls(1, 5)
-    other = made_without_parts(ledger, rank=1, timeout_s=5.0)
-    with pytest.raises(PushAborted, match="rank 0 has ended its push"):
+def test_a_rank_that_left_a_call_out_waits_for_the_step_that_it_pushes(gang: Ledger) -> None:
+    other = made_without_parts(gang, rank=1)
+    other._calls = 1
+    gang.tell_ended(1, 5, 6)
+    assert other._take_next(7) is None
+    joined = begin(gang, 1, sequence=9, step=7, call=6)
+    assert other._follow_push(7) == joined
+    assert other._calls == 6
+
+
+def test_a_rank_whose_call_is_over_leaves_the_next_one_of_rank_0_alone(gang: Ledger) -> None:
+    """Refusing it, as the push of another step, would end it for rank 0; and it is there for this rank's next call."""
+    other = made_without_parts(gang, rank=1)
+    gang.tell_ended(1, 1, 7)
+    later = begin(gang, 1, sequence=2, step=8, call=2)
+    with pytest.raises(PushAborted, match="rank 0 has ended its push of step 7"):
         other.push(step=7)
-    other._calls += 1
-    assert other._take_next() is None
+    assert gang.writer_reports(later.push_id) == {}
+    assert other._follow_push(8) == later
+
+
+@pytest.mark.parametrize("decision", Decision)
+def test_a_push_that_was_committed_is_one_though_rank_0_has_left_it(gang: Ledger, decision: Decision) -> None:
+    """This rank took part, and lost the ledger before it heard what became of it."""
+    other = made_without_parts(gang, rank=1)
+    record = begin(gang, 1, sequence=1, step=7, call=1)
+    heard = iter([LedgerUnavailable("Redis is away")])
+
+    def follow(record: PushRecord) -> Any:
+        raise next(heard)
+
+    other._follow = follow
+    if decision is not Decision.OPEN:
+        gang.decide(record.push_id, decision, "a test")
+    gang.tell_ended(1, 1, 7)
+    other._metrics.committed = lambda *_: None
+    if decision is Decision.COMMIT:
+        other._watch = Stopwatch()
+        assert (other.push(step=7).version, other._held.push_id) == (record.version, record.push_id)
+    else:
+        with pytest.raises(PushAborted, match="rank 0 has ended its push of step 7"):
+            other.push(step=7)

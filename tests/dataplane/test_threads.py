@@ -52,33 +52,40 @@ def test_work_that_hangs_holds_up_no_other_and_its_thread_comes_back(threads: Ke
     assert set(seen) == before
 
 
+@pytest.mark.parametrize("error", [ValueError("a bug"), SystemExit("a library's exit")])
 def test_work_that_raises_has_ended_is_logged_and_leaves_its_thread_to_the_next(
-    threads: KeptThreads, caplog: pytest.LogCaptureFixture
+    threads: KeptThreads, caplog: pytest.LogCaptureFixture, error: BaseException
 ) -> None:
     seen: list[threading.Thread] = []
 
     def fail() -> None:
         names_thread(seen)()
-        raise ValueError("a bug")
+        raise error
 
     assert threads.run(fail).wait(PATIENCE_S)
     assert threads.run(names_thread(seen)).wait(PATIENCE_S)
     assert len(set(seen)) == 1
-    assert "ValueError: a bug" in caplog.text
+    assert str(error) in caplog.text
 
 
 def test_close_ends_threads_at_once_or_when_their_work_has_ended() -> None:
-    threads, seen, free = KeptThreads("kept"), list[threading.Thread](), threading.Event()
-    busy = threads.run(lambda: (names_thread(seen)(), free.wait(PATIENCE_S))[0])
-    assert threads.run(names_thread(seen)).wait(PATIENCE_S)
+    threads, begun, free = KeptThreads("kept"), threading.Event(), threading.Event()
+    busy, idle = list[threading.Thread](), list[threading.Thread]()
+
+    def hang() -> None:
+        names_thread(busy)()
+        begun.set()
+        free.wait(PATIENCE_S)
+
+    hanging = threads.run(hang)
+    assert begun.wait(PATIENCE_S)
+    assert threads.run(names_thread(idle)).wait(PATIENCE_S)
     threads.close()
-    (idle,) = [thread for thread in seen if thread is seen[-1]]
-    idle.join(PATIENCE_S)
-    assert not idle.is_alive() and not busy.is_set()
+    idle[0].join(PATIENCE_S)
+    assert not idle[0].is_alive() and not hanging.is_set()
     free.set()
-    for thread in seen:
-        thread.join(PATIENCE_S)
-        assert not thread.is_alive()
+    busy[0].join(PATIENCE_S)
+    assert not busy[0].is_alive()
 
 
 def test_a_process_ends_while_work_hangs() -> None:

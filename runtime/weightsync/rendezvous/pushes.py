@@ -13,7 +13,7 @@ from typing import Any
 from weightsync.errors import FencedOut
 from weightsync.rendezvous import scripts
 from weightsync.rendezvous.connection import LedgerConnection, Witness
-from weightsync.rendezvous.records import Head, PushRecord, Verdict, Vote, WriterReport
+from weightsync.rendezvous.records import Head, Lead, PushRecord, Verdict, Vote, WriterReport
 from weightsync.wire import PUSHES_KEPT, Decision, Keys, PushSummary
 
 PUSH_TTL_S = 86_400
@@ -75,12 +75,14 @@ class PushLedger(LedgerConnection):
         catch_up: bool = False,
         floor_version: int = 0,
         verify: str = "full",
+        call: int = 0,
     ) -> PushRecord:
         """Open a push under a version of its own and make it current in `epoch`. The first trainer rank calls it.
 
         `members` maps replica to incarnation, `plan_digests` layout digest to plan digest. The version is above all
         that was published or committed, and `floor_version`; with `catch_up` it is the version that this epoch
-        committed last (and `floor_version`, if positive, must be it). `sequence` counts the trainer's own pushes.
+        committed last (and `floor_version`, if positive, must be it). `sequence` counts the trainer's own pushes,
+        `call` those of its user.
         Raises FencedOut when another epoch is in force, or when there is nothing to catch up to.
         """
         constant = {
@@ -90,6 +92,7 @@ class PushLedger(LedgerConnection):
             "plan_digests": dict(plan_digests),
             "members": dict(members),
             "verify": verify,
+            "call": call,
         }
         arguments = (epoch, sequence, timeout_s, int(catch_up), floor_version, json.dumps(constant), PUSH_TTL_S)
         outcome, *facts = self._run_witnessed("begin_push", scripts.BEGIN_PUSH, *arguments)
@@ -167,20 +170,21 @@ class PushLedger(LedgerConnection):
 
     def current_push(self, epoch: int) -> tuple[int, str] | None:
         """(sequence, push id) of the newest push of `epoch`; None before its first."""
-        text = self._call("current_push", lambda client: client.get(Keys(self.session).current_push(epoch)))
-        if text is None:
-            return None
-        sequence, push_id = str(text).split(" ")
-        return int(sequence), push_id
+        return self.lead(epoch).current
 
-    def tell_ended_calls(self, epoch: int, calls: int) -> None:
-        """The first rank has ended so many calls of `push`: it begins nothing more for them."""
-        key = Keys(self.session).ended_calls(epoch)
-        self._call("tell ended calls", lambda client: client.set(key, calls, ex=PUSH_TTL_S))
+    def tell_ended(self, epoch: int, call: int, step: int) -> None:
+        """The first rank has ended its call of `push` of that number: it begins nothing more for it."""
+        key = Keys(self.session).ended_call(epoch)
+        self._call("tell ended call", lambda client: client.set(key, f"{call} {step}", ex=PUSH_TTL_S))
 
-    def ended_calls(self, epoch: int) -> int:
-        """What the first rank of `epoch` told last; 0 before."""
-        return int(self._call("ended calls", lambda client: client.get(Keys(self.session).ended_calls(epoch))) or 0)  # type: ignore[arg-type]
+    def lead(self, epoch: int) -> Lead:
+        """What the first rank of `epoch` is at, read in one step."""
+        keys = Keys(self.session)
+        told: Any = self._call(
+            "lead", lambda client: client.mget([keys.current_push(epoch), keys.ended_call(epoch)])
+        )
+        call, step = (0, 0) if told[1] is None else map(int, told[1].split(" "))
+        return Lead(current=_current(told[0]), ended_call=call, ended_step=step)
 
     def report_writer(self, push_id: str, report: WriterReport) -> bool:
         """Record that a trainer rank's handles are all terminal. False when the ledger does not know the push."""
@@ -232,6 +236,13 @@ class PushLedger(LedgerConnection):
     def _read_from_push(self, push_id: str, prefix: str, parse: Callable[[str], Any]) -> list[Any]:
         fields = sorted(self.fields_of(push_id).items())
         return [parse(text) for field, text in fields if field.startswith(prefix)]
+
+
+def _current(text: str | None) -> tuple[int, str] | None:
+    if text is None:
+        return None
+    sequence, push_id = text.split(" ")
+    return int(sequence), push_id
 
 
 def _with_tried(known: Witness, version: int, attempt: int) -> Witness:

@@ -91,6 +91,8 @@ class PushRecord(JsonRecord):
     """Digest of the plan for each layout digest."""
     members: dict[str, str]
     """Incarnation of each replica that takes part."""
+    call: int = 0
+    """The trainer's own count of its calls of `push`, of which each may take several pushes; 0 in a catch-up or a repair."""
     verify: str = "full"
     """`transfer.verify` of the coordinator, which all sides follow: engines may still run under an older contract."""
     source: str = ""
@@ -108,6 +110,17 @@ class PushRecord(JsonRecord):
     def writers_into(self, rank: int) -> frozenset[int]:
         """Who writes into rank `rank` of a replica: every rank of a trainer; in a repair, the lender's rank of that number."""
         return frozenset({rank}) if self.source else frozenset(range(self.writers))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lead:
+    """What the first rank of an epoch is at."""
+
+    current: tuple[int, str] | None
+    """Sequence and push id of the newest push; None before its first."""
+    ended_call: int
+    """The last call of `push` that it has told to be over, however it ended; 0 before."""
+    ended_step: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
