@@ -373,14 +373,24 @@ class Coordinator:
         took_s = time.monotonic() - started
         summary = summarize(record, verdict, participants, votes, applied, reports, phases.seconds, took_s)
         final = "" if verdict.decision is Decision.COMMIT else final_word(reports.values())
-        summary = dataclasses.replace(summary, finished_at=self._ledger.now(), reason=final or summary.reason)
-        self._ledger.publish_push(summary)
+        finished_at = self._ledger.clock_of(time.monotonic())
+        summary = dataclasses.replace(summary, finished_at=finished_at, reason=final or summary.reason)
+        self._tell(summary)
         self._trace(summary, reports, votes, applied, phases)
         if final:
             raise ConversionError(final)
         if verdict.decision is not Decision.COMMIT:
             raise PushAborted(f"version {record.version} (push {record.push_id}): {verdict.reason}")
         return summary
+
+    def _tell(self, summary: PushSummary) -> None:
+        """Give the account to the ledger. What is committed stays so where that fails; an abort waits for the ledger."""
+        try:
+            self._ledger.publish_push(summary)
+        except LedgerUnavailable as error:
+            if summary.outcome != Decision.COMMIT:
+                raise
+            logger.warning("push %s is committed, but its account cannot be told: %s", summary.push_id, error)
 
     def _trace(
         self,
@@ -415,7 +425,7 @@ class Coordinator:
                 deadline=patience,
                 what="replicas have not said that they serve",
             )
-        except DeadlineExceeded as error:
+        except (DeadlineExceeded, LedgerUnavailable) as error:
             logger.warning("push %s is committed, but %s", record.push_id, error)
 
 

@@ -52,7 +52,7 @@ from weightsync.push_steps import prepare, write_and_report
 from weightsync.rendezvous.heartbeat import writer_heartbeat
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.modelexpress import Rendezvous
-from weightsync.rendezvous.records import PushRecord, WriterReport, final_word, was_final
+from weightsync.rendezvous.records import Lead, PushRecord, WriterReport, final_word, was_final
 from weightsync.scale_exchange import ScaleExchange
 from weightsync.slots import SlotArena
 from weightsync.telemetry import Stopwatch
@@ -165,11 +165,15 @@ class Publisher:
             self._calls += 1
             try:
                 self._held = self._push_until_committed(step)
-            except ConversionError:
-                self._metrics.failed()
-                raise
+            except WeightSyncError as error:
+                if isinstance(error, ConversionError):
+                    self._metrics.failed()
+                self._held = self._committed()
+                if self._held is None:
+                    raise
+                logger.warning("push %s is committed; this rank did not hear so: %s", self._held.push_id, error)
             finally:
-                self._ended = (self._calls, step)
+                self._ended = (self._calls, int(step))
                 self._writer.settle()
             watch = self._watch if self._coordinator is None else self._coordinator.watch
             self._metrics.committed(self._held, watch.spans, transports_in_use())
@@ -188,7 +192,10 @@ class Publisher:
                     logger.warning("step %d waits, %.0f s at most: %s", step, outage.left_s, error)
                     time.sleep(OUTAGE_PAUSE_S)
                 except _Ended:
-                    return self._what_became(step)
+                    self._metrics.failed()
+                    if self._followed is not None:
+                        self._raise_final(self._followed)
+                    raise PushAborted(f"rank 0 has ended its push of step {step}, and tells why") from None
                 except (PushAborted, TransportError, DeadlineExceeded) as error:
                     self._metrics.failed()
                     logger.warning("attempt %d of %d to push step %d: %s", attempt, ATTEMPTS, step, error)
@@ -199,23 +206,22 @@ class Publisher:
                     break
         raise AssertionError("the last attempt returns or raises")
 
-    def _what_became(self, step: int) -> PushSummary:
-        """The push that this rank took part in last, rank 0 having left this call. Raises PushAborted unless it was committed."""
+    def _committed(self) -> PushSummary | None:
+        """The push that this rank took part in last, if it was committed, whatever kept this rank from hearing so."""
         record = self._followed
-        if record is not None:
-            verdict = self._ledger.decision(record.push_id)
-            if verdict is not None and verdict.decision is Decision.COMMIT:
+        with suppress(LedgerUnavailable):
+            verdict = None if record is None else self._ledger.decision(record.push_id)
+            if record is not None and verdict is not None and verdict.decision is Decision.COMMIT:
                 return self._ledger.summary(record.push_id) or unaccounted(record, verdict)
-            self._raise_final(record)
-        self._metrics.failed()
-        raise PushAborted(f"rank 0 has ended its push of step {step} without this rank; it tells why")
+        return None
 
     def close(self) -> None:
         """Leave the session; engines keep what they hold."""
         self._closing.set()
         self._keeper.join()
-        self._tell_ended()
         with self._lock:
+            with suppress(Exception):  # a goodbye
+                self._tell_ended()
             self._lease.close()
             self._writer.close()
             self._scales.forget()
@@ -366,14 +372,28 @@ class Publisher:
         """The coordinator's newest push, once; raises PushAborted when rank 0 is gone, _Ended when it begins none for this call."""
         lead = self._ledger.lead(self._epoch)
         newest = self._newest(lead.current)
-        over = lead.ended_call >= self._calls and lead.ended_step == step
-        if over and (newest is None or newest[1].step != step):  # else what is newest was of this call: how did it end?
+        record = None if newest is None else newest[1]
+        if self._is_over(lead, record, step):
+            if lead.ended_step == step:
+                self._calls = lead.ended_call
             raise _Ended
         if newest is None:
             self._fail_without_coordinator()
             return None
-        self._sequence, record = newest
+        self._sequence = newest[0]
         return record
+
+    def _is_over(self, lead: Lead, newest: PushRecord | None, step: int) -> bool:
+        """Whether rank 0 has left this rank's call of `push`: it says so, or pushes for a later one.
+
+        A rank that took part in none of this call's pushes may count otherwise than rank 0, so that the step decides.
+        """
+        told = lead.ended_call >= self._calls
+        if self._followed is None:
+            return told and lead.ended_step == step and (newest is None or newest.step != step)
+        if newest is None or newest.catch_up:
+            return told
+        return newest.call > self._calls
 
     def _newest(self, current: tuple[int, str] | None) -> tuple[int, PushRecord] | None:
         """The coordinator's newest push, unless this rank has taken it up already."""

@@ -24,7 +24,7 @@ from weightsync.config import (
     TransferSection,
 )
 from weightsync.coordinator import Coordinator
-from weightsync.errors import ConversionError, PushAborted, TransportError
+from weightsync.errors import ConversionError, LedgerUnavailable, PushAborted, TransportError
 from weightsync.rendezvous.handshake import Applied
 from weightsync.rendezvous.ledger import Ledger
 from weightsync.rendezvous.records import PushRecord, Vote, WriterReport, final_word, was_final
@@ -191,6 +191,19 @@ def test_a_replica_is_told_of_itself_alone(fleet: Fleet) -> None:
     for name, replica in fleet.replicas.items():
         (told,) = replica.told
         assert told == dataclasses.replace(whole, members={name: whole.members[name]})
+
+
+def test_a_push_that_is_committed_stays_so_when_its_account_cannot_be_told(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights would be pushed again under another version, which ranks that heard of the commit take no part in."""
+
+    def fail(_: object) -> None:
+        raise LedgerUnavailable("Redis is away")
+
+    monkeypatch.setattr(fleet.ledger, "publish_push", fail)
+    summary = fleet.push()
+    assert fleet.ledger.head().version == summary.version == 1
 
 
 def test_staged_pushes_convert_while_bytes_travel_and_catch_ups_send_what_is_there(fleet: Fleet) -> None:

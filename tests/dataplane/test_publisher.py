@@ -12,10 +12,11 @@ import pytest
 
 from tests.dataplane.ledger_makers import begin
 from tests.fixtures.servers import RedisServer
-from weightsync.errors import LedgerUnavailable, PushAborted
+from weightsync import publisher as publisher_module
+from weightsync.errors import ConversionError, LedgerUnavailable, PushAborted
 from weightsync.publisher import Publisher
 from weightsync.rendezvous.ledger import Ledger
-from weightsync.rendezvous.records import PushRecord
+from weightsync.rendezvous.records import PushRecord, WriterReport
 from weightsync.telemetry import Stopwatch
 from weightsync.wire import Decision
 
@@ -140,24 +141,73 @@ def test_a_rank_whose_call_is_over_leaves_the_next_one_of_rank_0_alone(gang: Led
     assert other._follow_push(8) == later
 
 
-@pytest.mark.parametrize("decision", Decision)
-def test_a_push_that_was_committed_is_one_though_rank_0_has_left_it(gang: Ledger, decision: Decision) -> None:
-    """This rank took part, and lost the ledger before it heard what became of it."""
+def test_calls_that_rank_0_gave_up_one_after_another_refuse_one_call_of_another_rank(gang: Ledger) -> None:
+    """Its loop failed four times before this rank looked: the fifth may succeed."""
     other = made_without_parts(gang, rank=1)
+    gang.tell_ended(1, 4, 7)
+    with pytest.raises(PushAborted, match="rank 0 has ended its push of step 7"):
+        other.push(step=7)
+    other._calls += 1
+    assert other._take_next(7) is None
+
+
+class Lost:
+    """Takes part in one push, and loses the ledger before it hears what became of it."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        self.records: list[PushRecord] = []
+
+    def __call__(self, record: PushRecord) -> Any:
+        self.records.append(record)
+        raise self.error
+
+
+@pytest.mark.parametrize("heard", ["told", "a later call's push", "a later call ended", "at its last attempt"])
+@pytest.mark.parametrize("decision", [Decision.COMMIT, Decision.ABORT])
+def test_a_push_that_was_committed_is_one_though_its_rank_did_not_hear_so(
+    gang: Ledger, decision: Decision, heard: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that was not ends at once. Rank 0 has left the call, and is at the next one or over with it as well, of which this
+    rank must neither take a push nor refuse one.
+    """
+    other = made_without_parts(gang, rank=1)
+    other._watch, other._metrics.committed = Stopwatch(), lambda *_: None
+    other._follow = lost = Lost(PushAborted("lost") if "attempt" in heard else LedgerUnavailable("Redis is away"))
+    monkeypatch.setattr(publisher_module, "ATTEMPTS", 1 if "attempt" in heard else 4)
     record = begin(gang, 1, sequence=1, step=7, call=1)
-    heard = iter([LedgerUnavailable("Redis is away")])
+    gang.decide(record.push_id, decision, "a test")
+    later = None
+    if heard == "told":
+        gang.tell_ended(1, 1, 7)
+    elif heard == "a later call ended":
+        gang.tell_ended(1, 2, 8)
+    monkeypatch.setattr(publisher_module, "OUTAGE_PAUSE_S", 0.0)
+    if heard == "a later call's push":  # of the same step, as labels may be
+        ended = other._take_next
 
-    def follow(record: PushRecord) -> Any:
-        raise next(heard)
+        def take_next(step: int) -> PushRecord | None:
+            nonlocal later
+            if lost.records and later is None:
+                later = begin(gang, 1, sequence=2, step=7, call=2)
+            return ended(step)
 
-    other._follow = follow
-    if decision is not Decision.OPEN:
-        gang.decide(record.push_id, decision, "a test")
-    gang.tell_ended(1, 1, 7)
-    other._metrics.committed = lambda *_: None
+        other._take_next = take_next
     if decision is Decision.COMMIT:
-        other._watch = Stopwatch()
-        assert (other.push(step=7).version, other._held.push_id) == (record.version, record.push_id)
+        assert other.push(step=7).version == record.version
     else:
-        with pytest.raises(PushAborted, match="rank 0 has ended its push of step 7"):
+        with pytest.raises(PushAborted):
             other.push(step=7)
+    assert lost.records == [record]
+    assert later is None or gang.writer_reports(later.push_id) == {}
+
+
+def test_a_tensor_that_no_attempt_can_send_is_told_though_rank_0_has_left(gang: Ledger) -> None:
+    other = made_without_parts(gang, rank=1)
+    other._follow = Lost(LedgerUnavailable("Redis is away"))
+    record = begin(gang, 1, sequence=1, step=7, call=1)
+    gang.report_writer(record.push_id, WriterReport(rank=0, ok=False, final=True, reason="w is a NaN"))
+    gang.decide(record.push_id, Decision.ABORT, "w is a NaN")
+    gang.tell_ended(1, 1, 7)
+    with pytest.raises(ConversionError, match="w is a NaN"):
+        other.push(step=7)
