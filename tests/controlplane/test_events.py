@@ -53,6 +53,16 @@ def test_what_is_told(before: tuple[str, str, str] | None, after: tuple[str, str
     assert _notes(before, after) == told
 
 
+@pytest.mark.parametrize("degraded", ["PushAborted", "EnginesDirty", "TrainerRestarting"])
+def test_a_restart_of_the_gang_is_told_once_whatever_else_is_wrong(degraded: str) -> None:
+    """What stands before it in Degraded hid it, for as long as it took."""
+    before = [("Progressing", "False", "Stable"), ("Degraded", "True", "PushAborted")]
+    after = [("Progressing", "True", "TrainerRestarting"), ("Degraded", "True", degraded)]
+    told = notes(_status(*before).model_dump(by_alias=True), _status(*after))
+    assert [note.type for note in told if note.reason == "TrainerRestarting"] == ["Warning"]
+    assert notes(_status(*after).model_dump(by_alias=True), _status(*after)) == ()
+
+
 @pytest.mark.failure_mode(39)
 def test_what_stays_is_not_told_again() -> None:
     same = ("Degraded", "True", "EnginesDirty")

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from weightsync_operator.api.names import Condition
-from weightsync_operator.api.status import WeightSyncStatus
+from weightsync_operator.api.names import Condition, Reason
+from weightsync_operator.api.status import ConditionStatus, WeightSyncStatus
 
 NORMAL, WARNING = "Normal", "Warning"
 
@@ -56,7 +56,19 @@ def notes(before: Mapping[str, Any], after: WeightSyncStatus) -> tuple[Note, ...
             continue
         now = (condition.type, condition.status)
         type_ = _ENDS.get(now) if was[0] == _OPPOSITE.get(condition.status) else None
+        if _is_hidden_restart(condition, after):
+            type_ = WARNING
         if (type_ := _TOLD.get(now, type_)) is not None:
             words = condition.message or f"{condition.type} is {condition.status}"
             found.append(Note(condition=condition.type, type=type_, reason=condition.reason, message=words))
     return tuple(found)
+
+
+def _is_hidden_restart(condition: ConditionStatus, after: WeightSyncStatus) -> bool:
+    """A restart of the gang that Degraded does not tell, since torn engines or an aborted push stand before it there."""
+    restarts = (condition.type, condition.status, condition.reason) == (
+        Condition.PROGRESSING,
+        "True",
+        Reason.TRAINER_RESTARTING,
+    )
+    return restarts and all(other.reason != condition.reason for other in after.conditions if other is not condition)
