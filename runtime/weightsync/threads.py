@@ -1,7 +1,7 @@
 """Threads that are kept between two pieces of work. Imports nothing of ours.
 
-A new thread for each push cost a rank 0.13 ms of processor time, measured by itself with the digest of one small tensor, and 0.4 ms
-where 64 ranks shared two cores (25 of 75 ms a push, `bench.control`).
+A new thread for each push cost a rank 0.13 ms of processor time by itself, and 0.4 ms where 64 ranks shared two cores, measured by
+hand (docs/performance.md).
 """
 
 from __future__ import annotations
