@@ -209,9 +209,11 @@ class Publisher:
     def _committed(self) -> PushSummary | None:
         """The push that this rank took part in last, if it was committed, whatever kept this rank from hearing so."""
         record = self._followed
+        if record is None:
+            return None
         with suppress(LedgerUnavailable):
-            verdict = None if record is None else self._ledger.decision(record.push_id)
-            if record is not None and verdict is not None and verdict.decision is Decision.COMMIT:
+            verdict = self._ledger.decision(record.push_id)
+            if verdict is not None and verdict.decision is Decision.COMMIT:
                 return self._ledger.summary(record.push_id) or unaccounted(record, verdict)
         return None
 
